@@ -1,0 +1,454 @@
+"""VJepaQwenProcessor: text and videos in, the model's inputs out, one placeholder for each event.
+
+Events are cut here, so the processor needs features of the vision tower. They come from one of three places:
+
+* bound, `processor.bind(model)`: the model's own tower, adapters included. `frame_features` are returned and nothing
+  is encoded twice.
+* unbound: the tower is read from the processor's own checkpoint when the first video arrives (no other weight is
+  read). It decides the spans only; the frames are returned and the model encodes them with whatever adapters it has.
+* precomputed: `frame_features=...`, or a `VideoEvents` from `processor.segment` in the place of a video.
+"""
+
+import json
+import os
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from safetensors import safe_open
+from transformers import AutoTokenizer, BatchFeature, VideosKwargs
+from transformers.processing_utils import ProcessingKwargs, ProcessorMixin
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cached_file, logging
+from transformers.video_utils import VideoMetadata
+
+from .configuration_vjepa_qwen import VJepaQwenConfig
+from .event_segmentation import EventSegmenter, count_events
+from .modeling_vjepa_qwen import VJepaQwenVisionTower
+from .video_processing_vjepa_qwen import SampledVideo, VJepaQwenVideoProcessor, flatten_videos, metadata_per_video
+
+logger = logging.get_logger(__name__)
+
+TOWER_PREFIX = "model.vision_tower."
+
+
+@dataclass(frozen=True)
+class Event:
+    """A span of a video in which little changes.
+
+    Attributes:
+        start_seconds (`float`): Presentation time of the event's first frame.
+        end_seconds (`float`): Where the next event starts, or the video ends.
+        score (`float`): Cosine distance at the boundary that opens the event; 0 for the first event of a video.
+    """
+
+    start_seconds: float
+    end_seconds: float
+    score: float
+
+
+@dataclass(frozen=True, eq=False)
+class VideoEvents:
+    """
+    What [`VJepaQwenProcessor.segment`] finds in one video. It can take the place of a video in
+    [`VJepaQwenProcessor.apply_chat_template`] and in a processor call: nothing is encoded again then.
+
+    Attributes:
+        events (`list[Event]`): The events in order; they cover the video without gaps.
+        distances (`np.ndarray` of shape `(num_steps,)`, float32):
+            The distance curve; kept so that thresholds can be tuned without encoding again
+            (`EventSegmenter(...).segment_distances(distances)`).
+        boundaries (`np.ndarray` of shape `(num_events - 1,)`, int64): Steps at which a new event starts.
+        frame_event_ids (`torch.LongTensor` of shape `(num_steps,)`): Event of each temporal step.
+        frame_features (`torch.FloatTensor` of shape `(num_steps, hidden)`, float32): Mean-pooled tower output.
+        timestamps (`np.ndarray` of shape `(num_frames,)`, float64): Presentation time of each frame, in seconds.
+        duration_seconds (`float`): Length of the video.
+    """
+
+    events: list[Event]
+    distances: np.ndarray
+    boundaries: np.ndarray
+    frame_event_ids: torch.LongTensor
+    frame_features: torch.FloatTensor
+    timestamps: np.ndarray
+    duration_seconds: float
+
+    @property
+    def num_events(self) -> int:
+        """Number of events, which is the number of tokens that the video costs."""
+        return len(self.events)
+
+
+class VJepaQwenVideosKwargs(VideosKwargs, total=False):
+    """
+    return_frame_features (`bool`, *optional*):
+        Whether to return the tower's features (`True`) or the frames (`False`), against the processor's own choice.
+    """
+
+    return_frame_features: bool | None
+
+
+class VJepaQwenProcessorKwargs(ProcessingKwargs, total=False):
+    videos_kwargs: VJepaQwenVideosKwargs
+    # Read by `prepare_inputs_layout`; declared here so that they count as known arguments.
+    frame_features: list | torch.Tensor | None
+    frame_event_ids: list | torch.Tensor | None
+
+
+@dataclass(frozen=True, eq=False)
+class _EncodedVideo:
+    """One video on its way to the model: always the spans, and the frames or the features or both."""
+
+    frame_event_ids: torch.LongTensor
+    frame_features: torch.FloatTensor
+    pixel_values: torch.FloatTensor | None = None
+    metadata: VideoMetadata | None = None
+
+
+class VJepaQwenProcessor(ProcessorMixin):
+    r"""
+    Tokenizer, video processor and event segmentation in one.
+
+    Args:
+        video_processor (`VJepaQwenVideoProcessor`): Decodes, samples and normalises.
+        tokenizer (`PreTrainedTokenizerBase`): The language model's tokenizer; it must know `video_token`.
+        chat_template (`str`, *optional*): Defaults to the tokenizer's.
+        event_segmentation (`dict`, *optional*):
+            Parameters of [`EventSegmenter`], saved with the processor. Defaults to the class's.
+        video_token (`str`, *optional*, defaults to `"<|video_pad|>"`):
+            The placeholder in the text, one for each video in the prompt and one for each event in `input_ids`.
+    """
+
+    valid_processor_kwargs = VJepaQwenProcessorKwargs
+    text_kwargs = {"padding": True, "padding_side": "left", "return_token_type_ids": False}
+
+    def __init__(
+        self,
+        video_processor=None,
+        tokenizer=None,
+        chat_template=None,
+        event_segmentation: dict | None = None,
+        video_token: str = "<|video_pad|>",
+    ):
+        self.segmenter = EventSegmenter(**(event_segmentation or {}))
+        self.event_segmentation = event_segmentation or {}
+        self.video_token = video_token
+        self.video_token_id = tokenizer.convert_tokens_to_ids(video_token)
+        if self.video_token_id in (None, tokenizer.unk_token_id):
+            raise ValueError(
+                f"video_token ({video_token!r}) must be a token of the tokenizer's vocabulary; add it with "
+                f"`tokenizer.add_special_tokens({{'additional_special_tokens': [{video_token!r}]}})`"
+            )
+        self._vision_tower = None
+        self._is_bound = False
+        self._checkpoint = None
+        super().__init__(video_processor, tokenizer, chat_template=chat_template or tokenizer.chat_template)
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path, **kwargs):
+        """As every processor. The place is remembered: the vision tower is read from there when it is first needed."""
+        processor = super().from_pretrained(pretrained_model_name_or_path, **kwargs)
+        names = ("cache_dir", "force_download", "local_files_only", "token", "revision", "subfolder")
+        processor._checkpoint = (
+            pretrained_model_name_or_path,
+            {name: kwargs[name] for name in names if kwargs.get(name) is not None},
+        )
+        return processor
+
+    @classmethod
+    def _get_arguments_from_pretrained(cls, pretrained_model_name_or_path, processor_dict=None, **kwargs):
+        # The base class goes through AutoVideoProcessor, which asks to trust the code that is running already.
+        return [
+            VJepaQwenVideoProcessor.from_pretrained(pretrained_model_name_or_path, **kwargs),
+            AutoTokenizer.from_pretrained(pretrained_model_name_or_path, **kwargs),
+        ]
+
+    def to_dict(self) -> dict:
+        # The base class copies every attribute deeply before it picks those to save; a tower is not to be copied.
+        tower, self._vision_tower = self._vision_tower, None
+        try:
+            return super().to_dict()
+        finally:
+            self._vision_tower = tower
+
+    # Vision
+
+    def bind(self, model) -> "VJepaQwenProcessor":
+        """
+        Lets `model`'s own vision tower encode, adapters included, so that each video is encoded once.
+
+        Args:
+            model (`VJepaQwenForConditionalGeneration`, `VJepaQwenModel`, or either wrapped by PEFT or accelerate).
+
+        Returns:
+            `VJepaQwenProcessor`: itself.
+
+        Raises:
+            ValueError: when the model has no V-JEPA 2 tower, or one made for other frames than the video processor's.
+        """
+        # By name: in remote-code mode model and processor may come from different copies of the module.
+        towers = [module for module in model.modules() if type(module).__name__ == VJepaQwenVisionTower.__name__]
+        if not towers:
+            raise ValueError(
+                f"model ({type(model).__name__}) must hold a VJepaQwenVisionTower; pass a VJepaQwen model"
+            )
+        self._set_vision_tower(towers[0])
+        self._is_bound = True
+        return self
+
+    def _set_vision_tower(self, tower):
+        expected = {
+            "crop_size": self.video_processor.crop_size["height"],
+            "frames_per_clip": self.video_processor.frames_per_clip,
+            "tubelet_size": self.video_processor.tubelet_size,
+        }
+        for name, value in expected.items():
+            if getattr(tower.config, name) != value:
+                raise ValueError(
+                    f"{name} of the vision tower ({getattr(tower.config, name)}) must be the video processor's "
+                    f"({value}); load the processor that is saved with the model"
+                )
+        self._vision_tower = tower
+
+    def _get_vision_tower(self):
+        if self._vision_tower is None:
+            if self._checkpoint is None:
+                raise ValueError(
+                    "This processor was made from parts and has no vision tower to find events with: call "
+                    "`processor.bind(model)`, load it with `from_pretrained`, or pass `frame_features=`"
+                )
+            self._set_vision_tower(_load_vision_tower(*self._checkpoint))
+        return self._vision_tower
+
+    @torch.no_grad()
+    def _encode_window(self, window: torch.FloatTensor) -> torch.FloatTensor:
+        """One window `(num_frames, 3, height, width)` to features `(num_steps, hidden)`, float32 on the CPU.
+
+        Windows go through one at a time: a result must not depend, not even in its last bit, on what stands beside it.
+        """
+        tower = self._get_vision_tower()
+        was_training = tower.training
+        tower.eval()
+        # Parameters that accelerate has offloaded are on "meta"; its hooks move the input themselves.
+        device = tower.device if tower.device.type != "meta" else window.device
+        features = tower(window.unsqueeze(0).to(device)).pooler_output[0].float().cpu()
+        tower.train(was_training)
+        return features
+
+    def segment(self, videos, *, num_frames: int | None = None, fps: float | None = None, video_metadata=None):
+        """
+        Finds the events of videos, without any language model.
+
+        Args:
+            videos: A video or a list of them: path, URL, bytes, file object, frames as array or list of images.
+            num_frames (`int`, *optional*): Frames to look at, see [`VJepaQwenVideoProcessor.sample`].
+            fps (`float`, *optional*): Frames per second to look at, instead.
+            video_metadata (*optional*): Of videos given as frames, see [`VJepaQwenVideoProcessor.sample`].
+
+        Returns:
+            `list[VideoEvents]`: One for each video, in order.
+
+        Raises:
+            ValueError: for what is no readable video; the error names it.
+        """
+        videos = flatten_videos(videos)
+        results = []
+        for video, metadata in zip(videos, metadata_per_video(video_metadata, len(videos)), strict=True):
+            sampled = self.video_processor.sample(video, num_frames=num_frames, fps=fps, video_metadata=metadata)
+            features = torch.cat([self._encode_window(window) for window in sampled.windows()])
+            results.append(self._cut(features, sampled))
+        return results
+
+    def _segment_features(self, frame_features):
+        steps_per_window = self.video_processor.frames_per_clip // self.video_processor.tubelet_size
+        return self.segmenter(frame_features, steps_per_window=steps_per_window)
+
+    def _cut(self, frame_features: torch.FloatTensor, sampled: SampledVideo) -> VideoEvents:
+        segmentation = self._segment_features(frame_features)
+        first_steps = np.concatenate([[0], segmentation.boundaries])
+        starts = sampled.timestamps[first_steps * self.video_processor.tubelet_size]
+        starts[0] = 0.0  # the first frame that is sampled is not the first that is shown
+        ends = np.append(starts[1:], sampled.duration_seconds)
+        return VideoEvents(
+            events=[
+                Event(float(a), float(b), float(s)) for a, b, s in zip(starts, ends, segmentation.scores, strict=True)
+            ],
+            distances=segmentation.distances,
+            boundaries=segmentation.boundaries,
+            frame_event_ids=torch.from_numpy(segmentation.frame_event_ids),
+            frame_features=frame_features,
+            timestamps=sampled.timestamps,
+            duration_seconds=sampled.duration_seconds,
+        )
+
+    # Hooks of ProcessorMixin
+
+    def prepare_inputs_layout(
+        self, images=None, text=None, videos=None, audio=None, frame_features=None, frame_event_ids=None, **kwargs
+    ):
+        if frame_features is not None:
+            if videos is not None:
+                raise ValueError("videos and frame_features must not be given together; frame_features replace videos")
+            videos = self._precomputed_videos(frame_features, frame_event_ids)
+        elif videos is not None:
+            videos = flatten_videos(videos)
+        return super().prepare_inputs_layout(images=images, text=text, videos=videos, audio=audio, **kwargs)
+
+    def _precomputed_videos(self, frame_features, frame_event_ids) -> list[_EncodedVideo]:
+        frame_features = [torch.as_tensor(features) for features in frame_features]
+        if any(features.ndim != 2 for features in frame_features):
+            raise ValueError(
+                f"frame_features ({[tuple(features.shape) for features in frame_features]}) must be a list with one "
+                "(num_steps, hidden) tensor for each video, or one (num_videos, num_steps, hidden) tensor"
+            )
+        if frame_event_ids is None:
+            frame_event_ids = [self._segment_features(features).frame_event_ids for features in frame_features]
+        frame_event_ids = [torch.as_tensor(event_ids) for event_ids in frame_event_ids]
+        num_ids, num_steps = [len(ids) for ids in frame_event_ids], [len(features) for features in frame_features]
+        if num_ids != num_steps:
+            raise ValueError(
+                f"frame_event_ids ({num_ids} steps) must have one id for each step of frame_features ({num_steps} "
+                "steps), video by video"
+            )
+        return [_EncodedVideo(ids, features) for ids, features in zip(frame_event_ids, frame_features, strict=True)]
+
+    def validate_inputs(self, images=None, text=None, videos=None, audio=None, **kwargs):
+        if images is not None or audio is not None:
+            raise ValueError("VJepaQwen takes videos and text: images and audio must not be given")
+        # Without `videos`: the base class would flatten them by rules that know nothing of paths and VideoEvents.
+        if text is not None and videos is not None:
+            num_placeholders = sum(sample.count(self.video_token) for sample in text)
+            if num_placeholders != len(videos):
+                raise ValueError(
+                    f"The prompts have {num_placeholders} video placeholders ({self.video_token}) for {len(videos)} "
+                    "videos: each video needs one; apply_chat_template writes them"
+                )
+            return
+        super().validate_inputs(text=text, videos=videos, **kwargs)
+
+    def _process_videos(
+        self,
+        videos: list,
+        num_frames: int | None = None,
+        fps: float | None = None,
+        video_metadata=None,
+        do_sample_frames: bool | None = None,
+        input_data_format: str | None = None,
+        return_frame_features: bool | None = None,
+        return_metadata: bool | None = None,
+        return_tensors=None,
+        **kwargs,
+    ):
+        if kwargs:
+            raise ValueError(
+                f"{', '.join(kwargs)} must not change from call to call: the tower and the saved events rest on it; "
+                "set it on `processor.video_processor`"
+            )
+        sampling_kwargs = {
+            "num_frames": num_frames,
+            "fps": fps,
+            "do_sample_frames": do_sample_frames,
+            "input_data_format": input_data_format,
+        }
+        encoded = [
+            self._encode_video(video, video_metadata=metadata, **sampling_kwargs)
+            for video, metadata in zip(videos, metadata_per_video(video_metadata, len(videos)), strict=True)
+        ]
+        has_all_frames = all(video.pixel_values is not None for video in encoded)
+        if return_frame_features is None:
+            return_frame_features = self._is_bound or not has_all_frames
+        if not return_frame_features and not has_all_frames:
+            raise ValueError(
+                "return_frame_features (False) must be True or left out here: a video given as features has no frames "
+                f"to return, and one longer than a window ({self.video_processor.frames_per_clip} frames) is encoded "
+                "window by window so that its frames need not fit into memory"
+            )
+        frame_event_ids = _pad([video.frame_event_ids for video in encoded], padding_value=-1)
+        data = {"frame_event_ids": frame_event_ids}
+        if return_frame_features:
+            data["frame_features"] = _pad([video.frame_features for video in encoded])
+        else:
+            data["pixel_values_videos"] = _pad([video.pixel_values for video in encoded])
+        if return_metadata:
+            data["video_metadata"] = [video.metadata for video in encoded]
+        replacements = [self.replace_video_token(data, video_idx) for video_idx in range(len(encoded))]
+        return BatchFeature(data), replacements
+
+    def _encode_video(self, video, **sampling_kwargs) -> _EncodedVideo:
+        if isinstance(video, _EncodedVideo):
+            return video
+        # By name, as in `bind`: another copy of this module may have made it.
+        if type(video).__name__ == VideoEvents.__name__:
+            return _EncodedVideo(video.frame_event_ids, video.frame_features)
+        sampled = self.video_processor.sample(video, **sampling_kwargs)
+        keep_frames = sampled.num_frames <= self.video_processor.frames_per_clip
+        if not keep_frames and not self._is_bound:
+            logger.warning_once(
+                f"A video is longer than one window of the tower ({sampled.num_frames} frames, a window is "
+                f"{self.video_processor.frames_per_clip}): its features come from the processor's own tower, without "
+                "any adapter that only the model carries. Call `processor.bind(model)` to use the model's tower."
+            )
+        features, frames = [], []
+        for window in sampled.windows():
+            features.append(self._encode_window(window))
+            if keep_frames:
+                frames.append(window)
+        features = torch.cat(features)
+        event_ids = torch.from_numpy(self._segment_features(features).frame_event_ids)
+        return _EncodedVideo(event_ids, features, torch.cat(frames) if keep_frames else None, sampled.metadata)
+
+    def replace_video_token(self, video_inputs: dict, video_idx: int, **kwargs) -> str:
+        return self.video_token * count_events(video_inputs["frame_event_ids"][video_idx : video_idx + 1])[0]
+
+    @property
+    def model_input_names(self) -> list[str]:
+        return super().model_input_names + ["frame_features", "frame_event_ids"]
+
+    def apply_chat_template(self, conversation, chat_template: str | None = None, **kwargs):
+        """
+        As [`ProcessorMixin.apply_chat_template`], with thinking off unless `enable_thinking=True` is passed: a
+        description needs none, and a short `max_new_tokens` would be spent on it.
+
+        `num_frames`, `fps`, `video_metadata` and `return_frame_features` go into `processor_kwargs`.
+        """
+        if "enable_thinking" in self._resolve_chat_template(chat_template):
+            kwargs.setdefault("enable_thinking", False)
+        return super().apply_chat_template(conversation, chat_template=chat_template, **kwargs)
+
+
+def _pad(tensors: list[torch.Tensor], padding_value: int = 0) -> torch.Tensor:
+    """Stacks tensors of different length; what pads a video is marked by -1 in `frame_event_ids` and never encoded."""
+    return torch.nn.utils.rnn.pad_sequence(tensors, batch_first=True, padding_value=padding_value)
+
+
+def _load_vision_tower(checkpoint: str | os.PathLike, download_kwargs: dict) -> VJepaQwenVisionTower:
+    """Reads the tower, and nothing else, from a checkpoint: only the files that hold its tensors are fetched."""
+    config = VJepaQwenConfig.from_pretrained(checkpoint, **download_kwargs)
+    index_file = cached_file(
+        checkpoint, SAFE_WEIGHTS_INDEX_NAME, _raise_exceptions_for_missing_entries=False, **download_kwargs
+    )
+    if index_file is None:
+        file_names = {SAFE_WEIGHTS_NAME}
+    else:
+        with open(index_file, encoding="utf-8") as file:
+            weight_map = json.load(file)["weight_map"]
+        file_names = {file_name for name, file_name in weight_map.items() if name.startswith(TOWER_PREFIX)}
+    state_dict = {}
+    for file_name in sorted(file_names):
+        with safe_open(cached_file(checkpoint, file_name, **download_kwargs), framework="pt") as tensors:
+            for name in tensors.keys():
+                if name.startswith(TOWER_PREFIX):
+                    state_dict[name.removeprefix(TOWER_PREFIX)] = tensors.get_tensor(name)
+    if not state_dict:
+        raise ValueError(
+            f"checkpoint ({checkpoint}) must hold the vision tower ({TOWER_PREFIX}*) in safetensors files; save the "
+            "model with `save_pretrained` into the processor's folder, or call `processor.bind(model)`"
+        )
+    tower = VJepaQwenVisionTower._from_config(config.vision_config)
+    tower.load_state_dict(state_dict, strict=True, assign=True)
+    device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else "cpu"
+    return tower.to(device).eval()
+
+
+VJepaQwenProcessor.register_for_auto_class()
+
+__all__ = ["Event", "VJepaQwenProcessor", "VideoEvents"]
