@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from safetensors import safe_open
-from transformers import AutoTokenizer, BatchFeature, VideosKwargs
+from transformers import AutoTokenizer, BatchFeature, PreTrainedConfig, VideosKwargs
 from transformers.processing_utils import ProcessingKwargs, ProcessorMixin
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cached_file, logging
 from transformers.video_utils import VideoMetadata
@@ -156,10 +156,11 @@ class VJepaQwenProcessor(ProcessorMixin):
 
     @classmethod
     def _get_arguments_from_pretrained(cls, pretrained_model_name_or_path, processor_dict=None, **kwargs):
-        # The base class goes through AutoVideoProcessor, which asks to trust the code that is running already.
+        # The base class goes through AutoVideoProcessor, and AutoTokenizer through AutoConfig: both would ask to trust
+        # the code that is running already. The tokenizer's own files say what it is.
         return [
             VJepaQwenVideoProcessor.from_pretrained(pretrained_model_name_or_path, **kwargs),
-            AutoTokenizer.from_pretrained(pretrained_model_name_or_path, **kwargs),
+            AutoTokenizer.from_pretrained(pretrained_model_name_or_path, config=PreTrainedConfig(), **kwargs),
         ]
 
     def to_dict(self) -> dict:

@@ -141,7 +141,7 @@ def test_frames_cut_away_at_the_end_do_not_exist(tmp_path, warnings_of):
     # Box: size, "elst", version and flags, number of entries, then the length of the first one in milliseconds.
     position = contents.index(b"elst") + 12
     assert int.from_bytes(contents[position : position + 4], "big") == 1334
-    contents[position : position + 4] = (667).to_bytes(4, "big")
+    contents[position : position + 4] = (650).to_bytes(4, "big")
     decoder = VideoDecoder(contents)
     assert numbers(decoder) == list(range(20))
     assert decoder.duration_seconds == pytest.approx(20 / 30, abs=0.002)

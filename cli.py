@@ -1,0 +1,231 @@
+"""The command line: `vjepa-qwen describe VIDEO...` and `vjepa-qwen segment VIDEO...`.
+
+Results go to standard output, progress, notes and errors to standard error. Whatever is heavy is imported inside the
+commands, so that `--help` answers at once.
+"""
+
+import json
+import os
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+from . import TOY_CHECKPOINT, __version__
+
+DEFAULT_PROMPT = "Describe this video."
+
+app = typer.Typer(
+    help="Few-token, event-based video understanding: V-JEPA 2 sees, event segmentation cuts, Qwen3.5 speaks.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_show_locals=False,
+)
+output = Console()
+messages = Console(stderr=True)
+
+Videos = Annotated[list[str], typer.Argument(metavar="VIDEO...", help="Files or http(s) URLs.", show_default=False)]
+Model = Annotated[
+    str,
+    typer.Option(
+        "--model",
+        help="Repository on the Hub or folder. Its code is run (trust_remote_code=True): name only what you trust. "
+        "Without it, the toy that is installed with the package.",
+        show_default=False,
+    ),
+]
+Revision = Annotated[str, typer.Option(help="Branch, tag or commit of the repository.")]
+NumFrames = Annotated[
+    int | None, typer.Option(help="Frames to look at in each video: even, whole windows beyond the first.", min=1)
+]
+Fps = Annotated[float | None, typer.Option(help="Frames per second to look at, instead.", min=0.001)]
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON document instead of tables.")]
+
+
+@app.callback(invoke_without_command=True)
+def version(show_version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False):
+    if show_version:
+        output.print(__version__)
+        raise typer.Exit()
+
+
+@app.command()
+def describe(
+    videos: Videos,
+    model: Model = TOY_CHECKPOINT,
+    revision: Revision = "main",
+    prompt: Annotated[str, typer.Option(help="What to ask about each video.")] = DEFAULT_PROMPT,
+    max_new_tokens: Annotated[int, typer.Option(help="Longest answer, in tokens.", min=1)] = 256,
+    num_frames: NumFrames = None,
+    fps: Fps = None,
+    dtype: Annotated[str, typer.Option(help="Of the weights: auto (as saved), float32, bfloat16.")] = "auto",
+    as_json: Json = False,
+):
+    """Describe videos: their events, the number of tokens they cost, and a text."""
+    _start(model)
+    processor = _load_processor(model, revision)
+    with messages.status("Loading the model"):
+        language_model = _load_model(model, revision, dtype)
+    processor.bind(language_model)
+
+    def describe_one(video: str) -> dict:
+        result, video_events = _segment(processor, video, num_frames, fps)
+        content = [{"type": "video", "video": video_events}, {"type": "text", "text": prompt}]
+        inputs = processor.apply_chat_template(
+            [{"role": "user", "content": content}],
+            add_generation_prompt=True,
+            tokenize=True,
+            return_dict=True,
+            return_tensors="pt",
+        ).to(language_model.device)
+        tokens = language_model.generate(**inputs, max_new_tokens=max_new_tokens)[0, inputs["input_ids"].shape[1] :]
+        text = processor.decode(tokens, skip_special_tokens=True)
+        # A model that thinks although it was told not to.
+        return {**result, "text": text.split("</think>")[-1].strip()}
+
+    _run(videos, describe_one, as_json)
+
+
+@app.command()
+def segment(
+    videos: Videos,
+    model: Model = TOY_CHECKPOINT,
+    revision: Revision = "main",
+    num_frames: NumFrames = None,
+    fps: Fps = None,
+    as_json: Json = False,
+):
+    """Find the events of videos. Only the vision tower is loaded, no language model."""
+    _start(model)
+    processor = _load_processor(model, revision)
+    _run(videos, lambda video: _segment(processor, video, num_frames, fps)[0], as_json)
+
+
+def _start(model: str):
+    # Before transformers is imported. One progress display is enough.
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "0" if model != TOY_CHECKPOINT else "1")
+    if model == TOY_CHECKPOINT:
+        messages.print(
+            "Using the toy model: it was trained on synthetic clips only and knows nothing of real ones. "
+            "Name a real one with --model.",
+            style="dim",
+        )
+
+
+def _load_processor(model: str, revision: str):
+    with messages.status("Loading the processor"):
+        if model == TOY_CHECKPOINT:
+            from .processing_vjepa_qwen import VJepaQwenProcessor
+
+            return VJepaQwenProcessor.from_pretrained(model)
+        from transformers import AutoProcessor
+
+        try:
+            return AutoProcessor.from_pretrained(model, revision=revision, trust_remote_code=True)
+        except (OSError, ValueError) as error:
+            raise _fail(f"--model {model}: {_one_line(error)}") from error
+
+
+def _load_model(model: str, revision: str, dtype: str):
+    import torch
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    options = {"dtype": dtype, "device_map": "auto" if torch.accelerator.is_available() else None}
+    if model == TOY_CHECKPOINT:
+        from .modeling_vjepa_qwen import VJepaQwenForConditionalGeneration
+
+        return VJepaQwenForConditionalGeneration.from_pretrained(model, **options).eval()
+    from transformers import AutoModel
+
+    try:
+        return AutoModel.from_pretrained(model, revision=revision, trust_remote_code=True, **options).eval()
+    except (OSError, ValueError) as error:
+        raise _fail(f"--model {model}: {_one_line(error)}") from error
+
+
+def _segment(processor, video: str, num_frames: int | None, fps: float | None):
+    video_events = processor.segment(video, num_frames=num_frames, fps=fps)[0]
+    result = {
+        "video": video,
+        "duration_seconds": video_events.duration_seconds,
+        "num_frames": len(video_events.timestamps),
+        "num_video_tokens": video_events.num_events,
+        "events": [
+            {"start_seconds": event.start_seconds, "end_seconds": event.end_seconds, "score": event.score}
+            for event in video_events.events
+        ],
+    }
+    return result, video_events
+
+
+def _run(videos: list[str], process, as_json: bool):
+    """Processes one video after the other; a bad one costs only itself. Exits with 1 when there was one."""
+    results = []
+    progress = Progress(
+        SpinnerColumn(),
+        TextColumn("{task.description}", markup=False),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        console=messages,
+        transient=True,
+    )
+    with progress:
+        task = progress.add_task("", total=len(videos))
+        for video in videos:
+            progress.update(task, description=os.path.basename(video))
+            try:
+                result = process(video)
+            except ValueError as error:  # VideoDecodingError, and options that do not fit the model
+                reason = _one_line(error).removeprefix(f"{video}: ")
+                result = {"video": video, "error": reason}
+                messages.print(f"{video}: {reason}", style="red", markup=False, highlight=False, soft_wrap=True)
+            results.append(result)
+            progress.advance(task)
+            if not as_json and "error" not in result:
+                progress.stop()  # both streams may be the same terminal
+                _print_result(result)
+                progress.start()
+    if as_json:
+        typer.echo(json.dumps(results, indent=2, ensure_ascii=False))
+    if any("error" in result for result in results):
+        raise typer.Exit(1)
+
+
+def _print_result(result: dict):
+    table = Table(title=result["video"], title_justify="left", title_style="bold")
+    for name in ("event", "start (s)", "end (s)", "score"):
+        table.add_column(name, justify="right")
+    for number, event in enumerate(result["events"], start=1):
+        table.add_row(
+            str(number),
+            f"{event['start_seconds']:.2f}",
+            f"{event['end_seconds']:.2f}",
+            f"{event['score']:.3f}" if number > 1 else "",
+        )
+    output.print(table)
+    seconds, tokens = result["duration_seconds"], result["num_video_tokens"]
+    output.print(f"{seconds:.2f} s, {result['num_frames']} frames -> {tokens} video tokens", highlight=False)
+    if "text" in result:
+        output.print(f"\n{result['text']}\n", markup=False, highlight=False, soft_wrap=True)
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())
+
+
+def _fail(message: str) -> typer.Exit:
+    messages.print(message, style="red", markup=False, highlight=False, soft_wrap=True)
+    return typer.Exit(1)
+
+
+def main():
+    app()
+
+
+if __name__ == "__main__":
+    main()
