@@ -13,6 +13,7 @@ keyframe on, and converts to RGB at the wanted size in one step of libswscale.
 import http.client
 import io
 import os
+import re
 import shutil
 import tempfile
 import urllib.request
@@ -32,6 +33,8 @@ logger = logging.get_logger(__name__)
 DOWNLOAD_TIMEOUT_SECONDS = 60
 # Jumping to a keyframe flushes the decoder, which costs about as much as this many frames.
 SEEK_COST_FRAMES = 8
+# Keyframes to try, each before the last, until decoding from the beginning of the file is the safer way.
+SEEK_ATTEMPTS = 3
 # Shown for this long when neither a packet's duration nor a frame rate says how long the only frame lasts.
 FALLBACK_FRAME_SECONDS = 1 / 25
 
@@ -83,14 +86,19 @@ class VideoDecoder:
         with self._source.open() as container:
             stream = _video_stream(container, self.name)
             num_packets, seconds_per_tick = 0, float(stream.time_base)
-            pts, durations, keyframe_pts, has_times = [], [], [], True
+            pts, durations, keyframe_pts, first_keyframe_pts, has_times = [], [], [], None, True
             for packet in _demux(container, stream):
                 num_packets += 1
-                if _is_hidden(packet, stream.codec_context.name):
-                    continue
                 if packet.pts is None:
                     has_times = False
                     break
+                if first_keyframe_pts is None and packet.is_keyframe:
+                    first_keyframe_pts = packet.pts
+                # A recording may begin in the middle of a group of pictures: nothing shows what came before.
+                if first_keyframe_pts is None or packet.pts < first_keyframe_pts:
+                    continue
+                if _is_hidden(packet, stream.codec_context.name):
+                    continue
                 pts.append(packet.pts)
                 durations.append(packet.duration or 0)
                 if packet.is_keyframe:
@@ -166,6 +174,7 @@ class VideoDecoder:
 
         Raises:
             VideoDecodingError: when not a single frame can be decoded.
+            IndexError: for a frame that does not exist.
         """
         size = size or (self.height, self.width)
         reader = _FrameReader(self)
@@ -173,6 +182,8 @@ class VideoDecoder:
         position, image = None, None
         try:
             for index in indices:
+                if not 0 <= index < self.num_frames:
+                    raise IndexError(f"index ({index}) must be in 0..{self.num_frames - 1}, the frames of {self.name}")
                 found, frame = reader.frame_shown_at(index)
                 num_asked += 1
                 num_replaced += found != index
@@ -213,60 +224,63 @@ class _FrameReader:
 
     def frame_shown_at(self, index: int) -> tuple[int, av.VideoFrame]:
         """The frame with this index; if it is damaged the nearest before it, or else the first after it."""
-        keyframe = self._decoder._keyframe_before(index)
         position = -1 if self._current is None else self._current[0]
-        if self._container is None or index < position or keyframe - position > SEEK_COST_FRAMES:
-            self._start(keyframe)
-        self._advance(index)
-        if self._current is None and keyframe > 0:
-            self._start(0)
-            self._advance(index)
-        if self._current is None:
-            raise VideoDecodingError(f"{self._decoder.name}: no frame can be decoded")
-        return self._current
-
-    def _advance(self, index: int):
+        is_far = self._decoder._keyframe_before(index) - position > SEEK_COST_FRAMES
+        if self._frames is None or index < position or is_far:
+            self._start_near(index)
         while self._current is None or self._current[0] < index:
             if self._ahead is None:
                 self._ahead = next(self._frames, None)
             if self._ahead is None or (self._ahead[0] > index and self._current is not None):
-                return
+                break
             self._current, self._ahead = self._ahead, None
+        if self._current is None:
+            raise VideoDecodingError(f"{self._decoder.name}: no frame can be decoded")
+        return self._current
 
-    def _start(self, keyframe: int):
-        """Makes `_frames` begin at a keyframe, or at the beginning where the container cannot seek."""
-        self._current, self._ahead = None, None
-        packets = self._seek(keyframe) if keyframe > 0 else None
-        if packets is None:
-            keyframe = 0
-            self.close()
-            self._container = self._decoder._source.open()
-            self._stream = _video_stream(self._container, self._decoder.name)
-            packets = _demux(self._container, self._stream)
-        self._frames = self._number(_decode(packets, self._stream), keyframe)
+    def _start_near(self, index: int):
+        """Makes `_frames` begin at the keyframe before a frame, or where that fails at the beginning of the file."""
+        keyframe_before = self._decoder._keyframe_before
+        keyframe = keyframe_before(index)
+        for _ in range(SEEK_ATTEMPTS):
+            if keyframe == 0:
+                break
+            self._current, self._ahead = None, self._seek(keyframe)
+            # Some containers seek into the middle of a picture, and decoding starts only with the next keyframe.
+            if self._ahead is not None and keyframe_before(self._ahead[0]) == self._ahead[0] <= index:
+                return
+            keyframe = keyframe_before(keyframe - 1)
+        self.close()
+        self._open()
+        self._frames = self._number(_demux(self._container, self._stream), 0)
 
-    def _seek(self, keyframe: int) -> Iterator[av.Packet] | None:
+    def _open(self):
+        self._container = self._decoder._source.open()
+        self._stream = _video_stream(self._container, self._decoder.name)
+
+    def _seek(self, keyframe: int) -> tuple[int, av.VideoFrame] | None:
+        """Makes `_frames` begin at a keyframe and returns the first of them, or None where that does not succeed."""
         if self._container is None:
-            self._container = self._decoder._source.open()
-            self._stream = _video_stream(self._container, self._decoder.name)
+            self._open()
         keyframe_pts = int(self._decoder._pts[keyframe])
         try:
             self._container.seek(keyframe_pts, stream=self._stream)
         except av.FFmpegError:
             return None
-        # Containers seek by their own index, by decoding times or by guessing: see whether the keyframe comes.
+        # Containers seek by an index of their own, by decoding times or by guessing: see whether the keyframe comes.
         packets, passed = _demux(self._container, self._stream), []
         for packet in packets:
             passed.append(packet)
-            if packet.pts is None or packet.pts > keyframe_pts:
-                return None
-            if packet.pts == keyframe_pts:
-                return chain(passed, packets)
-        return None
+            if packet.pts is None or packet.pts >= keyframe_pts:
+                break
+        if not passed or passed[-1].pts != keyframe_pts:
+            return None
+        self._frames = self._number(chain(passed, packets), keyframe)
+        return next(self._frames, None)
 
-    def _number(self, frames: Iterable[av.VideoFrame], first: int) -> Iterator[tuple[int, av.VideoFrame]]:
+    def _number(self, packets: Iterable[av.Packet], first: int) -> Iterator[tuple[int, av.VideoFrame]]:
         pts = self._decoder._pts
-        for count, frame in enumerate(frames):
+        for count, frame in enumerate(_decode(packets, self._stream)):
             if pts is None:
                 yield count, frame
             # Before the keyframe that was sought come pictures that lack what they refer to.
@@ -410,13 +424,13 @@ def _decode(packets: Iterable[av.Packet], stream: av.VideoStream) -> Iterator[av
 
 def _is_hidden(packet: av.Packet, codec_name: str) -> bool:
     """Whether a packet is decoded but never shown: cut away by an edit list, or a reference picture of VP8."""
-    return packet.is_discard or (codec_name == "vp8" and not bytes(packet)[0] & 0x10)
+    return packet.is_discard or (codec_name == "vp8" and not memoryview(packet)[0] & 0x10)
 
 
 def _declared_seconds(stream: av.VideoStream) -> float:
     """Length of the stream as Matroska and WebM note it ("00:01:02.500000000"), or 0."""
-    hours, minutes, seconds = stream.metadata.get("DURATION", "0:0:0").split(":")
-    return int(hours) * 3600 + int(minutes) * 60 + float(seconds)
+    match = re.fullmatch(r"(\d+):(\d+):(\d+\.?\d*)", stream.metadata.get("DURATION", ""))
+    return int(match[1]) * 3600 + int(match[2]) * 60 + float(match[3]) if match else 0.0
 
 
 __all__ = ["VideoDecoder", "VideoDecodingError"]

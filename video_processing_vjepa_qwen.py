@@ -127,7 +127,6 @@ class VJepaQwenVideoProcessor(BaseVideoProcessor):
     do_center_crop = True
     do_rescale = True
     do_normalize = True
-    do_convert_rgb = True
     do_sample_frames = True
     frames_per_clip = 64
     tubelet_size = 2
@@ -146,6 +145,11 @@ class VJepaQwenVideoProcessor(BaseVideoProcessor):
             raise ValueError(
                 f"frames_per_clip ({self.frames_per_clip}) must be a multiple of tubelet_size ({self.tubelet_size}), "
                 "both at least 1; try 64 and 2"
+            )
+        if self.resample != PILImageResampling.BILINEAR:
+            raise ValueError(
+                f"resample ({self.resample}) must be {PILImageResampling.BILINEAR.value} (bilinear), which files are "
+                "resized with while they are decoded"
             )
         if not 0 < self.max_window_seconds < math.inf:
             raise ValueError(f"max_window_seconds ({self.max_window_seconds}) must be greater than 0; try 64.0")

@@ -11,6 +11,7 @@ import pytest
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
+
 from vjepa_qwen import (
     TOY_CHECKPOINT,
     VJepaQwenConfig,

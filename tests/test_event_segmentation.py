@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+
 from vjepa_qwen.event_segmentation import CHUNK_STEPS, EventSegmenter, cosine_distances, count_events
 
 # Finds every peak; tests change one parameter.

@@ -4,6 +4,7 @@ import pytest
 import torch
 from conftest import TEXT_CONFIG, VISION_CONFIG, make_model
 from transformers import GPT2Config, LlamaConfig
+
 from vjepa_qwen import VJepaQwenConfig, VJepaQwenForConditionalGeneration
 
 # Two videos of different length, in the first and the third prompt; the second prompt has none.

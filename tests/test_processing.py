@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import make_model, user_message, write_scenes
+
 from vjepa_qwen import EventSegmenter, VJepaQwenForConditionalGeneration, VJepaQwenProcessor
 
 CHAT = {"add_generation_prompt": True, "tokenize": True, "return_dict": True, "return_tensors": "pt"}

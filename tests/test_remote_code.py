@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import user_message
+
 from vjepa_qwen import TOY_CHECKPOINT, VJepaQwenProcessor
 
 ROOT = Path(__file__).parent.parent

@@ -11,6 +11,7 @@ import av
 import numpy as np
 import pytest
 from transformers import AutoTokenizer
+
 from vjepa_qwen import TOY_CHECKPOINT
 from vjepa_qwen.toy.synthetic_shorts import (
     DOMAINS,
@@ -93,7 +94,10 @@ def test_the_summary_names_domain_scenes_and_text_in_order():
     for seed in range(50):
         short = generate_short(seed)
         assert short.domain in short.summary
-        positions = [short.summary.index(f"{ordinal}, {scene.description}") for ordinal, scene in zip(ORDINALS, short.scenes, strict=False)]
+        positions = [
+            short.summary.index(f"{ordinal}, {scene.description}")
+            for ordinal, scene in zip(ORDINALS, short.scenes, strict=False)
+        ]
         assert positions == sorted(positions)
         assert all(f'"{word}"' in short.summary for word in short.words)
 
@@ -133,7 +137,8 @@ def tokenizer():
 
 
 @pytest.mark.parametrize(
-    "text", ["A cooking video.", "한국어 자막", "emoji 😀", "tabs\tand\n\nlines ", "".join(map(chr, range(32, 127))), ""]
+    "text",
+    ["A cooking video.", "한국어 자막", "emoji 😀", "tabs\tand\n\nlines ", "".join(map(chr, range(32, 127))), ""],
 )
 def test_the_tokenizer_round_trips_any_text(tokenizer, text):
     assert tokenizer.decode(tokenizer(text).input_ids) == text

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from av.stream import Disposition
 from clips import draw_frame, read_number, write_audio, write_clip, write_live_clip
+
 from vjepa_qwen.video_decoding import VideoDecoder, VideoDecodingError, _decode
 
 VP9 = {"codec": "libvpx-vp9", "codec_options": {"deadline": "realtime", "cpu-used": "8", "g": "12"}}
@@ -41,6 +42,10 @@ def numbers(decoder, indices=None, **kwargs):
         ("clip.mov", {}),
         ("clip.mkv", {}),
         ("clip.ts", {}),
+        ("hevc.mp4", {"codec": "libx265", "codec_options": {"preset": "ultrafast", "x265-params": "keyint=12"}}),
+        ("av1.webm", {"codec": "libsvtav1", "codec_options": {"preset": "12", "g": "12"}}),
+        ("mpeg2.mpg", {"codec": "mpeg2video", "codec_options": {"bf": "2", "g": "12", "q": "2"}}),
+        ("prores.mov", {"codec": "prores_ks", "pixel_format": "yuv422p10le"}),
         ("clip.webm", VP9),
         ("hidden_frames.webm", {"codec": "libvpx", "codec_options": {"auto-alt-ref": "1", "lag-in-frames": "16"}}),
         ("clip.avi", {"codec": "mpeg4", "codec_options": {"bf": "2", "g": "12", "q": "2"}}),
@@ -49,7 +54,7 @@ def numbers(decoder, indices=None, **kwargs):
         ("raw.h264", {"rate": 25}),
     ],
 )
-def test_every_frame_is_found_in_every_container(tmp_path, warnings_of, name, options):
+def test_every_frame_is_found(tmp_path, warnings_of, name, options):
     """Count, times, order and random access are exact, with B-frames, without frame count, and without times."""
     decoder = VideoDecoder(write_clip(tmp_path / name, num_frames=40, **options))
     rate = options.get("rate", 30)
@@ -91,6 +96,14 @@ def test_frames_far_apart_are_found_by_seeking(tmp_path, monkeypatch):
     assert len(decoded) < 200
 
 
+def test_frames_that_do_not_exist_are_refused(tmp_path):
+    """An index beyond the end is the caller's mistake, not the last frame."""
+    decoder = VideoDecoder(write_clip(tmp_path / "clip.mp4", num_frames=3))
+    for index in (3, -1):
+        with pytest.raises(IndexError, match=rf"index \({index}\) must be in 0..2"):
+            list(decoder.frames([index]))
+
+
 # Times
 
 
@@ -111,6 +124,16 @@ def test_times_count_from_the_first_frame(tmp_path, name):
     np.testing.assert_allclose(decoder.timestamps, np.arange(20) * 0.04, atol=1e-9)
     assert decoder.duration_seconds == pytest.approx(0.8, abs=0.01)
     assert numbers(decoder) == list(range(20))
+
+
+def test_a_recording_may_begin_between_keyframes(tmp_path, warnings_of):
+    """What the decoder cannot show before the first keyframe is not there: the first frame that shows is at 0."""
+    contents = write_clip(tmp_path / "broadcast.ts", num_frames=40, codec_options={"g": "12", "bf": "2"}).read_bytes()
+    decoder = VideoDecoder(contents[len(contents) // 188 // 6 * 188 :])
+    shown = numbers(decoder)
+    assert shown == list(range(shown[0], 40)) and 0 < shown[0] < 40
+    np.testing.assert_allclose(decoder.timestamps, np.arange(len(shown)) / 30, atol=1e-6)
+    assert warnings_of == []
 
 
 def test_frames_cut_away_at_the_start_do_not_exist(tmp_path, warnings_of):

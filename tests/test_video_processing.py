@@ -9,8 +9,9 @@ from clips import draw_frame, read_number, write_audio, write_clip
 from PIL import Image
 from transformers import AutoVideoProcessor, VJEPA2VideoProcessor
 from transformers.video_utils import VideoMetadata
+
 from vjepa_qwen import VideoDecodingError, VJepaQwenVideoProcessor
-from vjepa_qwen.video_decoding import VideoDecoder
+from vjepa_qwen.video_decoding import VideoDecoder, _decode
 
 CROP_FRACTION = 224 / 256
 
@@ -86,6 +87,25 @@ def test_windows_follow_the_length_of_the_video(video_processor, tmp_path):
     assert numbers(torch.cat([first, *rest])) == [int((index + 0.5) * 75 / 24) for index in range(24)]
     assert torch.equal(torch.cat(list(sampled.windows())), torch.cat([first, *rest]))
     assert video_processor.sample(write_clip(tmp_path / "one.mp4", num_frames=30)).num_frames == 8
+
+
+def test_a_window_is_decoded_when_it_is_asked_for(video_processor, tmp_path, monkeypatch):
+    """Choosing frames decodes nothing, and the first window nothing of the others."""
+    decoded = []
+
+    def count(packets, stream):
+        for frame in _decode(packets, stream):
+            decoded.append(frame.pts)
+            yield frame
+
+    path = write_clip(tmp_path / "long.mp4", num_frames=300)
+    sampled = video_processor.sample(path)
+    monkeypatch.setattr("vjepa_qwen.video_decoding._decode", count)
+    windows = sampled.windows()
+    assert decoded == []
+    next(windows)
+    assert 0 < len(decoded) < 60
+    windows.close()
 
 
 @pytest.mark.parametrize("num_frames", [1, 2, 3])
@@ -384,6 +404,7 @@ def test_defaults_for_sampling_can_be_saved(clip):
         ({"frames_per_clip": 7}, r"frames_per_clip \(7\) must be a multiple of tubelet_size \(2\)"),
         ({"tubelet_size": 0}, r"multiple of tubelet_size \(0\)"),
         ({"max_window_seconds": 0.0}, r"max_window_seconds \(0.0\) must be greater than 0"),
+        ({"resample": 3}, r"resample \(3\) must be 2 \(bilinear\)"),
         ({"size": {"longest_edge": 100}}, r"size \({'longest_edge': 100}\) must have a 'shortest_edge'"),
     ],
 )
