@@ -91,7 +91,6 @@ class VJepaQwenConfig(PreTrainedConfig):
     projector_hidden_act: str = "gelu"
     video_token_id: int = 248057
     tie_word_embeddings: bool = False
-    initializer_range: float = 0.02
 
     def __post_init__(self, **kwargs):
         super().__post_init__(**kwargs)

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import user_message
+from transformers.dynamic_module_utils import get_imports
 
 from vjepa_qwen import TOY_CHECKPOINT, VJepaQwenProcessor
 
@@ -90,6 +91,13 @@ def test_folder_holds_the_code_as_it_is_here(folder, tiny_checkpoint):
     assert {"configuration_vjepa_qwen.py", "modeling_vjepa_qwen.py", "processing_vjepa_qwen.py"} <= set(names)
     for name in names:
         assert (path / name).read_text() == (ROOT / name).read_text()
+
+
+def test_remote_code_needs_only_what_the_hub_files_may_import(tiny_checkpoint):
+    """transformers refuses to load remote code when a package that it imports anywhere is missing."""
+    allowed = {"transformers", "torch", "torchvision", "safetensors", "huggingface_hub", "av", "numpy", "scipy"}
+    for file in Path(tiny_checkpoint).glob("*.py"):
+        assert set(get_imports(file)) - set(sys.stdlib_module_names) <= allowed, file.name
 
 
 def test_every_auto_class_is_in_the_saved_files(tiny_checkpoint):
