@@ -25,8 +25,7 @@ class EventSegmentation:
     """
     Attributes:
         distances (`np.ndarray` of shape `(num_steps,)`, float32):
-            Cosine distance (0 equal, 1 orthogonal, 2 opposite) between what lies left and right of the start of each
-            step; 0 for the first step. Not smoothed.
+            Cosine distance (0 equal, 2 opposite) of what lies left and right of each step's start; 0 for the first.
         boundaries (`np.ndarray` of shape `(num_events - 1,)`, int64): Steps at which a new event starts, ascending.
         frame_event_ids (`np.ndarray` of shape `(num_steps,)`, int64): Event of each step, from 0.
         scores (`np.ndarray` of shape `(num_events,)`, float32):
@@ -44,6 +43,10 @@ class EventSegmenter:
     """
     Cuts a video where its features change. A temporal step is one tubelet of the tower (2 frames; 32 steps are one
     window of V-JEPA 2).
+
+    Where peaks are too close or too many, those that pass threshold and prominence stay before others, then the
+    higher, then the earlier. The defaults reach F1 0.96 on made-up clips of 32 steps, 8 to 13 scenes (see the test);
+    a lower threshold reaches 0.99, but cuts more where little happens, and a higher one misses weak changes.
 
     Args:
         window_steps (`int`, *optional*, defaults to 1):
@@ -81,21 +84,15 @@ class EventSegmenter:
             if not isinstance(value, int) or isinstance(value, bool) or value < 1:
                 raise ValueError(f"{name} ({value!r}) must be a whole number of at least 1")
         if self.smoothing_steps % 2 == 0:
-            raise ValueError(
-                f"smoothing_steps ({self.smoothing_steps}) must be odd, so that a peak stays in its place; "
-                f"try {self.smoothing_steps + 1}"
-            )
+            width = self.smoothing_steps
+            raise ValueError(f"smoothing_steps ({width}) must be odd, to leave a peak in its place; try {width + 1}")
         if self.max_events < self.min_events:
-            raise ValueError(
-                f"max_events ({self.max_events}) must be at least min_events ({self.min_events}); "
-                "set both, or lower min_events"
-            )
-        if not np.isfinite(self.threshold_deviations):
-            raise ValueError(f"threshold_deviations ({self.threshold_deviations}) must be a finite number")
-        for name in ("prominence_deviations", "min_distance"):
+            raise ValueError(f"max_events ({self.max_events}) must be >= min_events ({self.min_events}); set both")
+        for name, least in (("threshold_deviations", -np.inf), ("prominence_deviations", 0), ("min_distance", 0)):
             value = getattr(self, name)
-            if not (np.isfinite(value) and value >= 0):
-                raise ValueError(f"{name} ({value}) must be a finite number of at least 0")
+            if not (isinstance(value, int | float) and np.isfinite(value) and value >= least):
+                rule = "a finite number" if least else "a finite number of at least 0"
+                raise ValueError(f"{name} ({value!r}) must be {rule}")
 
     def __call__(
         self, features: np.ndarray | torch.Tensor, *, steps_per_window: int | None = None
@@ -106,26 +103,21 @@ class EventSegmenter:
             steps_per_window (`int`, *optional*):
                 Steps in one window of the tower, for the bounds on the number of events. Defaults to all steps.
 
-        Returns:
-            `EventSegmentation`
-
         Raises:
             ValueError: for another shape, for no steps, and for features that are not finite.
         """
-        return self.segment_distances(
-            cosine_distances(features, window_steps=self.window_steps), steps_per_window=steps_per_window
-        )
+        distances = cosine_distances(features, window_steps=self.window_steps)
+        return self.segment_distances(distances, steps_per_window=steps_per_window)
 
     def segment_distances(self, distances: np.ndarray, *, steps_per_window: int | None = None) -> EventSegmentation:
         """Decides again on a known curve of shape `(num_steps,)`: to tune thresholds without encoding again."""
         distances = np.asarray(distances, dtype=np.float32)
-        if distances.ndim != 1 or len(distances) == 0:
-            raise ValueError(f"distances (shape {distances.shape}) must have the shape (num_steps,), with a step")
+        if distances.ndim != 1 or len(distances) == 0 or not np.isfinite(distances).all():
+            raise ValueError(f"distances (shape {distances.shape}) must be finite, of shape (num_steps,), not empty")
         if steps_per_window is not None and steps_per_window < 1:
             raise ValueError(f"steps_per_window ({steps_per_window}) must be at least 1, or None")
-        num_steps = len(distances)
-        boundaries = self._find_boundaries(distances, steps_per_window or num_steps)
-        starts_event = np.zeros(num_steps, dtype=np.int64)
+        boundaries = self._find_boundaries(distances, steps_per_window or len(distances))
+        starts_event = np.zeros(len(distances), dtype=np.int64)
         starts_event[boundaries] = 1
         return EventSegmentation(
             distances=distances,
@@ -135,28 +127,29 @@ class EventSegmenter:
         )
 
     def _find_boundaries(self, distances: np.ndarray, steps_per_window: int) -> np.ndarray:
-        curve = _moving_average(distances[1:].astype(np.float64), self.smoothing_steps)
-        if len(curve) == 0:
+        if len(distances) == 1:
             return np.empty(0, dtype=np.int64)
+        curve = _moving_average(distances[1:].astype(np.float64), self.smoothing_steps)
         mean, deviation = curve.mean(), curve.std()
         # Zeros at both ends, so that the first and the last boundary can be peaks; index i is now the start of step i.
         curve = np.pad(curve, 1)
         steps, _ = find_peaks(curve, height=max(self.min_distance, np.finfo(np.float32).tiny))
         steps = steps[(steps >= self.min_event_steps) & (steps <= len(distances) - self.min_event_steps)]
-        # Peaks alone in an array of zeros: now the distance rule is applied to them and to nothing else.
-        peaks = np.zeros_like(curve)
-        peaks[steps] = curve[steps]
-        steps, _ = find_peaks(peaks, distance=self.min_event_steps)
-
-        heights = curve[steps]
-        is_strong = heights >= mean + self.threshold_deviations * deviation
+        is_strong = curve[steps] >= mean + self.threshold_deviations * deviation
         is_strong &= peak_prominences(curve, steps)[0] >= self.prominence_deviations * deviation
-        # Ranks within each window: strong peaks first, then by height, then the earlier one.
+        # Who stays where peaks are too close or too many: strong ones first, then the higher, then the earlier.
+        order = np.lexsort((steps, -curve[steps], ~is_strong))
+        num_weak = len(steps) - np.count_nonzero(is_strong)
+        # With priorities for heights and zeros between, find_peaks drops what is too close to a better one.
+        priority = np.zeros_like(curve)
+        priority[steps[order]] = np.arange(len(steps), 0, -1)
+        steps, _ = find_peaks(priority, distance=self.min_event_steps)
+
         windows = steps // steps_per_window
-        order = np.lexsort((steps, -heights, ~is_strong, windows))
-        first_of_window = np.searchsorted(windows, windows)  # windows are ascending, in `steps` and in `order`
-        rank = np.arange(len(steps)) - first_of_window
-        num_strong = np.bincount(windows, weights=is_strong, minlength=1)[windows]
+        order = np.lexsort((-priority[steps], windows))
+        # Windows are ascending, in `steps` and in `order`.
+        rank = np.arange(len(steps)) - np.searchsorted(windows, windows)
+        num_strong = np.bincount(windows, weights=priority[steps] > num_weak, minlength=1)[windows]
         # The event with which the video starts has no boundary and counts in the first window.
         has_first_event = windows == 0
         num_kept = np.clip(num_strong, self.min_events - has_first_event, self.max_events - has_first_event)
@@ -165,20 +158,14 @@ class EventSegmenter:
 
 def cosine_distances(features: np.ndarray | torch.Tensor, *, window_steps: int = 1) -> np.ndarray:
     """
-    Cosine distance between the means of the `window_steps` steps left and right of the start of each step.
-
-    Args:
-        features (`np.ndarray` or `torch.Tensor` of shape `(num_steps, hidden)`): Of any float type.
-        window_steps (`int`, *optional*, defaults to 1): At the ends of the video a window holds what is there.
-
-    Returns:
-        `np.ndarray` of shape `(num_steps,)`, float32; the first is 0.
+    Cosine distance between the means of the `window_steps` steps left and right of the start of each step; at the ends
+    of the video a window holds what is there. For features of shape `(num_steps, hidden)`, of any float type, an array
+    of shape `(num_steps,)`, float32; the first is 0.
     """
     if features.ndim != 2 or 0 in features.shape:
-        raise ValueError(
-            f"features (shape {tuple(features.shape)}) must have the shape (num_steps, hidden), with at least one step"
-        )
+        raise ValueError(f"features (shape {tuple(features.shape)}) must have shape (num_steps, hidden), not empty")
     num_steps = len(features)
+    window_steps = min(window_steps, num_steps)
     distances = np.empty(num_steps, dtype=np.float32)
     for start in range(0, num_steps, CHUNK_STEPS):
         stop = min(start + CHUNK_STEPS, num_steps)
@@ -186,17 +173,11 @@ def cosine_distances(features: np.ndarray | torch.Tensor, *, window_steps: int =
         rows = _to_float32(features[max(first, 0) : last])
         if first < 0 or last > num_steps:  # zeros beyond the ends add nothing to the sums
             rows = np.pad(rows, ((max(-first, 0), max(last - num_steps, 0)), (0, 0)))
-        # Sums instead of means: a cosine does not see the length.
-        sums = rows[: len(rows) - window_steps + 1]
-        for shift in range(1, window_steps):
-            sums = sums + rows[shift : shift + len(sums)]
+        sums = _sliding_sums(rows, window_steps)  # instead of means: a cosine does not see the length
         squares = np.einsum("ij,ij->i", sums, sums)
         if not np.isfinite(squares).all():
             step = max(first + int(np.argmin(np.isfinite(squares))), 0)
-            raise ValueError(
-                f"features near step {step} must be finite numbers; half precision that overflowed is the usual "
-                "cause, encode in bfloat16 or float32"
-            )
+            raise ValueError(f"features near step {step} must be finite numbers; try bfloat16 instead of float16")
         dots = np.einsum("ij,ij->i", sums[:-window_steps], sums[window_steps:])
         left, right = squares[:-window_steps], squares[window_steps:]
         norms = np.sqrt(left) * np.sqrt(right)
@@ -209,16 +190,28 @@ def cosine_distances(features: np.ndarray | torch.Tensor, *, window_steps: int =
 def _to_float32(rows: np.ndarray | torch.Tensor) -> np.ndarray:
     if isinstance(rows, torch.Tensor):
         rows = rows.detach().to("cpu", torch.float32).numpy()
-    return np.asarray(rows, dtype=np.float32)
+    # Contiguous: the order of additions, and with it the last bit, must not depend on the layout.
+    return np.ascontiguousarray(rows, dtype=np.float32)
+
+
+def _sliding_sums(rows: np.ndarray, width: int) -> np.ndarray:
+    """
+    Sums of each `width` neighbouring rows, in about log2(width) additions. Not as differences of a running total: its
+    rounding would depend on where the chunk starts, and the zeros of a black clip would not come back as zeros.
+    """
+    if width == 1:
+        return rows
+    half = width // 2
+    sums = _sliding_sums(rows, half)
+    sums = sums[:-half] + sums[half:]
+    return sums if width % 2 == 0 else sums[:-1] + rows[width - 1 :]
 
 
 def _moving_average(values: np.ndarray, width: int) -> np.ndarray:
     """Centred; at the ends over the values that are there."""
-    if width == 1 or len(values) == 0:
+    if width == 1:
         return values
-    kernel = np.ones(width)
-    counts = np.convolve(np.ones(len(values)), kernel, mode="full")
-    sums = np.convolve(values, kernel, mode="full")
+    counts, sums = (np.convolve(terms, np.ones(width)) for terms in (np.ones(len(values)), values))
     return (sums / counts)[width // 2 : width // 2 + len(values)]
 
 
@@ -228,16 +221,12 @@ def count_events(frame_event_ids: np.ndarray | torch.Tensor) -> list[int]:
 
     Args:
         frame_event_ids (`np.ndarray` or `torch.Tensor` of shape `(num_videos, num_steps)`, integer):
-            Event of each step: 0 0 1 1 1 2 ..., then -1 for padding.
+            Event of each step: 0 0 1 1 1 2 ..., then -1 for padding. Another form is a `ValueError` naming the video.
 
     Returns:
         `list[int]`: One number for each video, at least 1.
-
-    Raises:
-        ValueError: for ids that are not of this form; the error names the video.
     """
-    event_ids = frame_event_ids.cpu().numpy() if isinstance(frame_event_ids, torch.Tensor) else frame_event_ids
-    event_ids = np.asarray(event_ids)
+    event_ids = np.asarray(frame_event_ids.cpu() if isinstance(frame_event_ids, torch.Tensor) else frame_event_ids)
     if event_ids.ndim != 2 or event_ids.shape[1] == 0 or not np.issubdtype(event_ids.dtype, np.integer):
         raise ValueError(
             f"frame_event_ids (shape {event_ids.shape}, {event_ids.dtype}) must be integers of shape "
@@ -249,9 +238,10 @@ def count_events(frame_event_ids: np.ndarray | torch.Tensor) -> list[int]:
     is_valid &= (is_padding[:, 1:] | (~is_padding[:, :-1] & ((increments == 0) | (increments == 1)))).all(axis=1)
     if not is_valid.all():
         video = int(np.argmin(is_valid))
+        ids = np.array2string(event_ids[video], threshold=100, max_line_width=1000)
         raise ValueError(
-            f"frame_event_ids of video {video} ({event_ids[video].tolist()}) must start at 0, rise by 0 or 1 from "
-            "step to step, and end in -1 for padding only"
+            f"frame_event_ids of video {video} ({ids}) must start at 0, rise by 0 or 1 from step to step, and end in "
+            "-1 for padding only"
         )
     return (event_ids.max(axis=1) + 1).tolist()
 

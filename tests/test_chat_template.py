@@ -82,10 +82,22 @@ def test_thinking_is_off_by_default_as_in_the_nothink_flavour():
         [{"role": "user", "content": "Hello."}, {"role": "system", "content": "Late."}],
         [{"role": "assistant", "content": "Alone."}],
         [{"role": "user", "content": [{"type": "audio"}]}],
+        [{"role": "user", "content": {"text": "Not in a list."}}],
+        [{"role": "user", "content": 5}],
         [{"role": "user", "content": "Hello."}, {"role": "narrator", "content": "Who?"}],
         [],
     ],
-    ids=["system video", "system image", "late system", "no user", "unknown item", "unknown role", "nothing"],
+    ids=[
+        "system video",
+        "system image",
+        "late system",
+        "no user",
+        "unknown item",
+        "no list",
+        "no text",
+        "unknown role",
+        "nothing",
+    ],
 )
 def test_refuses_what_qwen_refuses(conversation):
     qwen = (TEMPLATES / "qwen3_5_nothink.jinja").read_text(encoding="utf-8")

@@ -1,0 +1,1 @@
+../../configuration_vjepa_qwen.py

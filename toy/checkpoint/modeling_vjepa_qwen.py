@@ -1,0 +1,1 @@
+../../modeling_vjepa_qwen.py

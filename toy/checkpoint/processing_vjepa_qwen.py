@@ -1,0 +1,1 @@
+../../processing_vjepa_qwen.py
