@@ -52,7 +52,7 @@ TEXT_CONFIG = {
     "linear_value_head_dim": 8,
     "linear_num_key_heads": 2,
     "linear_num_value_heads": 4,
-    "initializer_range": 0.2,
+    "initializer_range": 0.1,
     "rope_parameters": {
         "rope_type": "default",
         "rope_theta": 10000.0,
