@@ -6,6 +6,8 @@ commands, so that `--help` answers at once.
 
 import json
 import os
+from contextlib import contextmanager
+from enum import Enum
 from typing import Annotated
 
 import typer
@@ -16,6 +18,16 @@ from rich.table import Table
 from . import TOY_CHECKPOINT, __version__
 
 DEFAULT_PROMPT = "Describe this video."
+# No such repository, no weights in it, no library that its code needs.
+LOADING_ERRORS = (OSError, ValueError, ImportError)
+
+
+class Dtype(str, Enum):
+    auto = "auto"
+    float32 = "float32"
+    bfloat16 = "bfloat16"
+    float16 = "float16"
+
 
 app = typer.Typer(
     help="Few-token, event-based video understanding: V-JEPA 2 sees, event segmentation cuts, Qwen3.5 speaks.",
@@ -60,14 +72,17 @@ def describe(
     max_new_tokens: Annotated[int, typer.Option(help="Longest answer, in tokens.", min=1)] = 256,
     num_frames: NumFrames = None,
     fps: Fps = None,
-    dtype: Annotated[str, typer.Option(help="Of the weights: auto (as saved), float32, bfloat16.")] = "auto",
+    device: Annotated[
+        str | None, typer.Option(help="cpu, cuda, cuda:1, mps, ...; without it, the accelerators if there are any.")
+    ] = None,
+    dtype: Annotated[Dtype, typer.Option(help="Of the weights; auto is as they are saved.")] = Dtype.auto,
     as_json: Json = False,
 ):
     """Describe videos: their events, the number of tokens they cost, and a text."""
     _start(model)
     processor = _load_processor(model, revision)
     with messages.status("Loading the model"):
-        language_model = _load_model(model, revision, dtype)
+        language_model = _load_model(model, revision, device, dtype)
     processor.bind(language_model)
 
     def describe_one(video: str) -> dict:
@@ -106,45 +121,42 @@ def segment(
 def _start(model: str):
     # Before transformers is imported. One progress display is enough.
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "0" if model != TOY_CHECKPOINT else "1")
     if model == TOY_CHECKPOINT:
-        messages.print(
-            "Using the toy model: it was trained on synthetic clips only and knows nothing of real ones. "
-            "Name a real one with --model.",
-            style="dim",
-        )
+        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+        note = "Using the toy model, trained on synthetic clips only; name a real one with --model."
+        _print_as_it_is(messages, note, style="dim")
 
 
 def _load_processor(model: str, revision: str):
-    with messages.status("Loading the processor"):
+    with messages.status("Loading the processor"), _one_line_errors(f"--model {model}", *LOADING_ERRORS):
         if model == TOY_CHECKPOINT:
             from .processing_vjepa_qwen import VJepaQwenProcessor
 
             return VJepaQwenProcessor.from_pretrained(model)
         from transformers import AutoProcessor
 
-        try:
-            return AutoProcessor.from_pretrained(model, revision=revision, trust_remote_code=True)
-        except (OSError, ValueError) as error:
-            raise _fail(f"--model {model}: {_one_line(error)}") from error
+        return AutoProcessor.from_pretrained(model, revision=revision, trust_remote_code=True)
 
 
-def _load_model(model: str, revision: str, dtype: str):
+def _load_model(model: str, revision: str, device: str | None, dtype: Dtype):
     import torch
     from transformers.utils import logging
 
     logging.disable_progress_bar()
-    options = {"dtype": dtype, "device_map": "auto" if torch.accelerator.is_available() else None}
-    if model == TOY_CHECKPOINT:
-        from .modeling_vjepa_qwen import VJepaQwenForConditionalGeneration
+    if device is None:
+        device = "auto" if torch.accelerator.is_available() else None
+    else:  # before a large model is read
+        with _one_line_errors(f"--device {device}", RuntimeError, AssertionError):
+            torch.empty(0, device=device)
+    options = {"dtype": dtype.value, "device_map": device}
+    with _one_line_errors(f"--model {model}", *LOADING_ERRORS):
+        if model == TOY_CHECKPOINT:
+            from .modeling_vjepa_qwen import VJepaQwenForConditionalGeneration
 
-        return VJepaQwenForConditionalGeneration.from_pretrained(model, **options).eval()
-    from transformers import AutoModel
+            return VJepaQwenForConditionalGeneration.from_pretrained(model, **options).eval()
+        from transformers import AutoModel
 
-    try:
         return AutoModel.from_pretrained(model, revision=revision, trust_remote_code=True, **options).eval()
-    except (OSError, ValueError) as error:
-        raise _fail(f"--model {model}: {_one_line(error)}") from error
 
 
 def _segment(processor, video: str, num_frames: int | None, fps: float | None):
@@ -173,6 +185,7 @@ def _run(videos: list[str], process, as_json: bool):
         TimeElapsedColumn(),
         console=messages,
         transient=True,
+        disable=not messages.is_terminal,  # it would leave blank lines in a log
     )
     with progress:
         task = progress.add_task("", total=len(videos))
@@ -183,7 +196,7 @@ def _run(videos: list[str], process, as_json: bool):
             except ValueError as error:  # VideoDecodingError, and options that do not fit the model
                 reason = _one_line(error).removeprefix(f"{video}: ")
                 result = {"video": video, "error": reason}
-                messages.print(f"{video}: {reason}", style="red", markup=False, highlight=False, soft_wrap=True)
+                _print_as_it_is(messages, f"{video}: {reason}", style="red")
             results.append(result)
             progress.advance(task)
             if not as_json and "error" not in result:
@@ -197,7 +210,8 @@ def _run(videos: list[str], process, as_json: bool):
 
 
 def _print_result(result: dict):
-    table = Table(title=result["video"], title_justify="left", title_style="bold")
+    _print_as_it_is(output, result["video"], style="bold")
+    table = Table()
     for name in ("event", "start (s)", "end (s)", "score"):
         table.add_column(name, justify="right")
     for number, event in enumerate(result["events"], start=1):
@@ -211,7 +225,12 @@ def _print_result(result: dict):
     seconds, tokens = result["duration_seconds"], result["num_video_tokens"]
     output.print(f"{seconds:.2f} s, {result['num_frames']} frames -> {tokens} video tokens", highlight=False)
     if "text" in result:
-        output.print(f"\n{result['text']}\n", markup=False, highlight=False, soft_wrap=True)
+        _print_as_it_is(output, f"\n{result['text']}\n")
+
+
+def _print_as_it_is(console: Console, text: str, style: str | None = None):
+    """What comes from outside may hold brackets, and is copied from the terminal: no markup, no line breaks."""
+    console.print(text, style=style, markup=False, highlight=False, emoji=False, soft_wrap=True)
 
 
 def _one_line(error: Exception) -> str:
@@ -219,8 +238,17 @@ def _one_line(error: Exception) -> str:
 
 
 def _fail(message: str) -> typer.Exit:
-    messages.print(message, style="red", markup=False, highlight=False, soft_wrap=True)
+    _print_as_it_is(messages, message, style="red")
     return typer.Exit(1)
+
+
+@contextmanager
+def _one_line_errors(what: str, *kinds: type[Exception]):
+    """Ends the command with one line instead of a traceback."""
+    try:
+        yield
+    except kinds as error:
+        raise _fail(f"{what}: {_one_line(error)}") from error
 
 
 def main():
