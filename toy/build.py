@@ -42,7 +42,7 @@ from .tower_training import scene_of_steps, train_tower
 
 NUM_CLIPS = 6000
 NUM_TOWER_UPDATES = 2200
-NUM_LANGUAGE_UPDATES = 800
+NUM_LANGUAGE_UPDATES = 500
 NUM_LANGUAGE_CLIPS = 3000
 NUM_SEGMENTATION_CLIPS = 1000
 CHAT_TEMPLATE = Path(__file__).parent / "chat_template.jinja"
