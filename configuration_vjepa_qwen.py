@@ -72,6 +72,11 @@ class VJepaQwenConfig(PreTrainedConfig):
             Vocabulary id of the placeholder that stands for one event.
         tie_word_embeddings (`bool`, *optional*, defaults to `False`):
             Whether `lm_head` shares its weight with the input embeddings. `True` as well when `text_config` says so.
+        language_model_name_or_path (`str`, *optional*):
+            Of a light checkpoint, which holds the tower and the projector only: the repository, folder or GGUF file
+            (`owner/name:file.gguf`) that the language model is taken from when loading.
+        language_model_revision (`str`, *optional*):
+            Commit (or branch or tag) of that repository.
 
     Raises:
         ValueError: when `video_token_id` is not an id of the text model's vocabulary.
@@ -91,6 +96,8 @@ class VJepaQwenConfig(PreTrainedConfig):
     projector_hidden_act: str = "gelu"
     video_token_id: int = 248057
     tie_word_embeddings: bool = False
+    language_model_name_or_path: str | None = None
+    language_model_revision: str | None = None
 
     def __post_init__(self, **kwargs):
         super().__post_init__(**kwargs)

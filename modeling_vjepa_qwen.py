@@ -27,6 +27,7 @@ from transformers.utils import can_return_tuple
 
 from .configuration_vjepa_qwen import VJepaQwenConfig
 from .event_segmentation import count_events
+from .linked_checkpoint import LinkedCheckpointMixin
 
 
 @dataclass
@@ -131,7 +132,7 @@ class VJepaQwenProjector(nn.Module):
         return self.linear_3(self.act(self.linear_2(hidden_states)))
 
 
-class VJepaQwenPreTrainedModel(PreTrainedModel):
+class VJepaQwenPreTrainedModel(LinkedCheckpointMixin, PreTrainedModel):
     config: VJepaQwenConfig
     config_class = VJepaQwenConfig
     base_model_prefix = "model"
