@@ -8,11 +8,13 @@
     (1024, 10240, 5120)
 """
 
+import copy
 import os
 
 from huggingface_hub.dataclasses import strict
 from transformers import AutoConfig, PreTrainedConfig
 from transformers.configuration_utils import SubConfigSpec
+from transformers.dynamic_module_utils import custom_object_save
 
 # Qwen3.5-27B's text configuration. The class defaults of `qwen3_5_text` are the 9B's.
 QWEN3_5_27B_TEXT_CONFIG = {
@@ -51,6 +53,9 @@ AUTO_MAP = {
     "AutoProcessor": "processing_vjepa_qwen.VJepaQwenProcessor",
     "AutoVideoProcessor": "video_processing_vjepa_qwen.VJepaQwenVideoProcessor",
 }
+
+# The same for `pipeline(model=repo)`, which then needs no task: what `Pipeline.save_pretrained` would write.
+CUSTOM_PIPELINES = {"video-text-to-text": {"impl": "pipeline_vjepa_qwen.VJepaQwenPipeline", "pt": ["AutoModel"]}}
 
 
 @strict
@@ -111,9 +116,16 @@ class VJepaQwenConfig(PreTrainedConfig):
             )
 
     def save_pretrained(self, save_directory: str | os.PathLike, **kwargs):
-        """Saves as every configuration does, with the map that lets the Auto classes find all of the remote code."""
+        """
+        Saves as every configuration does, with the maps that let the Auto classes and `pipeline` find all of the
+        remote code, and with the pipeline's code, which no other file needs.
+        """
+        from .pipeline_vjepa_qwen import VJepaQwenPipeline
+
         self.auto_map = dict(AUTO_MAP)
+        self.custom_pipelines = copy.deepcopy(CUSTOM_PIPELINES)
         super().save_pretrained(save_directory, **kwargs)
+        custom_object_save(VJepaQwenPipeline, save_directory)
 
 
 VJepaQwenConfig.register_for_auto_class()
