@@ -23,6 +23,7 @@ from transformers.video_utils import VideoMetadata
 
 from .configuration_vjepa_qwen import VJepaQwenConfig
 from .event_segmentation import EventSegmenter, count_events
+from .interrupted_downloads import explain_interrupted_download
 from .modeling_vjepa_qwen import VJepaQwenVisionTower
 from .video_processing_vjepa_qwen import SampledVideo, VJepaQwenVideoProcessor, flatten_videos, metadata_per_video
 
@@ -435,7 +436,9 @@ def _load_vision_tower(checkpoint: str | os.PathLike, download_kwargs: dict) -> 
         file_names = {file_name for name, file_name in weight_map.items() if name.startswith(TOWER_PREFIX)}
     state_dict = {}
     for file_name in sorted(file_names):
-        with safe_open(cached_file(checkpoint, file_name, **download_kwargs), framework="pt") as tensors:
+        with explain_interrupted_download(checkpoint, **download_kwargs):
+            path = cached_file(checkpoint, file_name, **download_kwargs)
+        with safe_open(path, framework="pt") as tensors:
             for name in tensors.keys():
                 if name.startswith(TOWER_PREFIX):
                     state_dict[name.removeprefix(TOWER_PREFIX)] = tensors.get_tensor(name)
