@@ -131,6 +131,14 @@ def convert(context: typer.Context):
 
 
 @app.command(context_settings=OPTIONS_ELSEWHERE)
+def push(context: typer.Context):
+    """Check a checkpoint, write its model card and upload it to the Hub."""
+    from .upload_scripts.push_to_hub import main
+
+    _pass_on(main, context)
+
+
+@app.command(context_settings=OPTIONS_ELSEWHERE)
 def memory(context: typer.Context):
     """Print the memory that inference needs, line by line, without loading or downloading weights."""
     from .memory_budget import main

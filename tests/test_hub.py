@@ -1,5 +1,7 @@
 """From a Hub: the converted release in all its forms, loaded over HTTP by processes without this package."""
 
+# ruff: noqa: F401, F811 (`release` is a fixture)
+
 import json
 import shutil
 
@@ -8,7 +10,7 @@ import torch
 from conftest import user_message
 from fresh_process import run_fresh
 from hub_server import HubServer
-from test_convert_checkpoint import release, run  # noqa: F401 (a fixture)
+from test_convert_checkpoint import release, run
 
 from vjepa_qwen import VJepaQwenForConditionalGeneration, VJepaQwenProcessor
 
@@ -32,7 +34,7 @@ def run(model, processor):
 
 
 @pytest.fixture(scope="module")
-def folders(release, tmp_path_factory):  # noqa: F811
+def folders(release, tmp_path_factory):
     """The release converted to both forms."""
     folder = tmp_path_factory.mktemp("converted")
     for form in ("light", "full"):
@@ -51,7 +53,7 @@ def expected(folders, clips):
 
 
 @pytest.fixture
-def hub(release, folders, tmp_path):  # noqa: F811
+def hub(release, folders, tmp_path):
     """A Hub with the language model, `tiny/light`, pinned to its commit, and `tiny/full`."""
     with HubServer() as hub:
         hub.language_model_commit = hub.add("tiny/language-model", release[0] / "language_model")
@@ -135,7 +137,7 @@ print(json.dumps(results))
 
 
 @pytest.mark.slow
-def test_a_revision_pins_weights_code_and_language_model(hub, folders, release, expected, clips, tmp_path):  # noqa: F811
+def test_a_revision_pins_weights_code_and_language_model(hub, folders, release, expected, clips, tmp_path):
     """All three main branches go on to commits whose code does not even run and whose weights are none."""
     hub.repositories["tiny/light"].tags["v1"] = hub.light_commit
     hub.repositories["tiny/full"].tags["v1"] = hub.full_commit
