@@ -9,7 +9,10 @@ model, so each video is encoded once, whatever the batch and however many texts 
 
 import dataclasses
 
+import numpy as np
+import torch
 from transformers import GenerationConfig, Pipeline
+from transformers.image_utils import is_pil_image
 from transformers.utils.chat_template_utils import Chat, is_valid_message
 
 DEFAULT_TEXT = "Describe this video."
@@ -57,9 +60,8 @@ class VJepaQwenPipeline(Pipeline):
         Args:
             videos:
                 One input, or a list, dataset or generator of them. An input is a video (path, URL, bytes, file object,
-                array of frames, or a `VideoEvents` of the processor's `segment`), a chat (a list of messages), or a
-                `dict` with a `"video"` and, optionally, a `"text"`. A video given as a list of images must stand in
-                such a `dict` or in a chat: a list is a batch.
+                frames as an array or a list of images, or a `VideoEvents` of the processor's `segment`), a chat (a
+                list of messages), or a `dict` with a `"video"` and, optionally, a `"text"`.
             text (`str` or `list[str]`, *optional*, defaults to `"Describe this video."`):
                 What to ask, for all videos or one for each. Alone, it is a prompt without video, or chats.
             batch_size (`int`, *optional*, defaults to 1): Inputs that are generated for together.
@@ -80,6 +82,8 @@ class VJepaQwenPipeline(Pipeline):
         """
         if videos is None and text is None:
             raise ValueError("videos (None) and text (None) must not both be left out; pass a video")
+        if _is_images(videos):
+            videos = {"video": videos}
         if _is_chat(videos) or _is_chats(videos):
             if text is not None:
                 raise ValueError(f"text ({text!r}) must be left out with a chat: write it into the chat's messages")
@@ -93,6 +97,8 @@ class VJepaQwenPipeline(Pipeline):
             videos, text = [{"video": video, "text": item} for video, item in zip(videos, text, strict=True)], None
         if isinstance(videos, tuple):
             videos = list(videos)
+        if isinstance(videos, list) and not videos:
+            return []
         if text is not None:
             kwargs["text"] = text
         return super().__call__(videos, **kwargs)
@@ -136,15 +142,7 @@ class VJepaQwenPipeline(Pipeline):
         prompts, videos = [], []
         for chat in chats:
             continues = chat.messages[-1]["role"] == "assistant"
-            videos.append(
-                [
-                    # By name: another copy of the processor's module may have made it.
-                    video
-                    if type(video).__name__ == "VideoEvents"
-                    else self.processor.segment(video, num_frames=num_frames, fps=fps)[0]
-                    for video in _find_videos(chat.messages)
-                ]
-            )
+            videos.append([self._segment(video, num_frames, fps) for video in _find_videos(chat.messages)])
             prompts.append(
                 self.processor.apply_chat_template(
                     chat.messages,
@@ -168,11 +166,31 @@ class VJepaQwenPipeline(Pipeline):
         }
         return outputs if is_batch else {name: values[0] for name, values in outputs.items()}
 
+    def _segment(self, video, num_frames: int | None, fps: float | None):
+        # By name: another copy of the processor's module may have made it.
+        if type(video).__name__ == "VideoEvents":
+            return video
+        segmented = self.processor.segment(video, num_frames=num_frames, fps=fps)
+        if len(segmented) != 1:
+            raise ValueError(f"video ({len(segmented)} videos) must be one; pass several as a list, for a batch")
+        return segmented[0]
+
     def postprocess(self, model_outputs: dict, return_full_text=False, skip_special_tokens=True) -> list[dict]:
         texts = self.processor.batch_decode(model_outputs["tokens"], skip_special_tokens=skip_special_tokens)
         if return_full_text:
             texts = [_append_answer(model_outputs["chat"].messages, text) for text in texts]
         return [{"generated_text": text, "events": model_outputs["events"]} for text in texts]
+
+
+def _is_images(inputs) -> bool:
+    """Whether this is one video, frame by frame, and no batch."""
+    return (
+        isinstance(inputs, (list, tuple))
+        and len(inputs) > 0
+        and all(
+            is_pil_image(item) or (isinstance(item, (np.ndarray, torch.Tensor)) and item.ndim < 4) for item in inputs
+        )
+    )
 
 
 def _is_chat(inputs) -> bool:

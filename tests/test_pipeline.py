@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from conftest import user_message, write_scenes
 from fresh_process import run_fresh
+from PIL import Image
 from transformers import TextStreamer, pipeline
 
 from vjepa_qwen import TOY_CHECKPOINT, VJepaQwenForConditionalGeneration, VJepaQwenPipeline, VJepaQwenProcessor
@@ -80,8 +81,11 @@ def test_frames_as_an_array_or_as_images(pipe):
     with av.open(SHORT) as container:
         frames = [frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)]
     (from_array,) = pipe(np.stack(frames))
-    (from_list,) = pipe({"video": frames})
-    assert from_array == from_list and "video" in from_array["generated_text"]
+    assert "video" in from_array["generated_text"]
+    for video in (frames, tuple(frames), {"video": frames}, [Image.fromarray(frame) for frame in frames]):
+        assert pipe(video) == [from_array]
+    assert pipe([np.stack(frames)] * 2, batch_size=2) == pipe([frames, frames]) == [[from_array]] * 2
+    assert pipe([]) == []
 
 
 def test_a_batch_is_what_each_input_gives_alone(pipe, tower_calls, tmp_path):
@@ -186,6 +190,7 @@ def test_text_is_streamed_while_it_is_generated(pipe, expected):
         (([SHORT, SHORT], ["What?"]), "one for each entry of videos"),
         (("missing.mp4",), "missing.mp4.*no such file"),
         (([{"role": "user", "content": [{"type": "image", "url": "a.jpg"}]}],), "type 'image'.*must be a text, or a"),
+        ((np.zeros((2, 8, 64, 64, 3), dtype=np.uint8),), r"video \(2 videos\) must be one; pass several as a list"),
         (([{"role": "user", "content": [{"type": "video"}]}],), "one of 'video', 'url' and 'path'"),
     ],
 )
