@@ -22,7 +22,7 @@ from typer.testing import CliRunner
 from vjepa_qwen import VJepaQwenForConditionalGeneration, VJepaQwenProcessor
 from vjepa_qwen.cli import app
 from vjepa_qwen.upload_scripts import push_to_hub
-from vjepa_qwen.upload_scripts.push_to_hub import check, check_link, make_card, push
+from vjepa_qwen.upload_scripts.push_to_hub import check, check_link, main, make_card
 
 CHAT = {"add_generation_prompt": True, "tokenize": True, "return_dict": True, "return_tensors": "pt"}
 RESULTS = {
@@ -36,7 +36,7 @@ RESULTS = {
     "command": "vjepa-qwen evaluate --model tiny/pushed",
     "seed": 7,
 }
-BASES = ["facebook/vjepa2-vitl-fpc64-256", "Qwen/Qwen3.5-27B"]
+BASES = ("facebook/vjepa2-vitl-fpc64-256", "Qwen/Qwen3.5-27B")
 
 
 @pytest.fixture
@@ -51,6 +51,7 @@ def online(hub, monkeypatch):
     for name, value in {"ENDPOINT": hub.url, "HF_HUB_OFFLINE": False, "HF_HUB_DISABLE_XET": True}.items():
         monkeypatch.setattr(huggingface_hub.constants, name, value)
     monkeypatch.setenv("HF_TOKEN", hub.token)
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
     monkeypatch.setattr("huggingface_hub.utils._http.time.sleep", lambda seconds: None)
 
 
@@ -140,32 +141,32 @@ def test_a_dry_run_does_all_but_the_upload(hub, online, unchecked, checkpoint, r
 def test_pushing_again_changes_nothing_and_an_interrupted_upload_goes_on(hub, online, unchecked, checkpoint):
     hub.refuse_uploads = True
     with pytest.raises(OSError, match="tiny/pushed: the upload was interrupted .* run the same again"):
-        push("tiny/pushed", str(checkpoint))
+        main(["tiny/pushed", str(checkpoint)])
     assert not files_on_hub(hub, "tiny/pushed")
 
     hub.refuse_uploads = False
-    push("tiny/pushed", str(checkpoint))
+    main(["tiny/pushed", str(checkpoint)])
     repository = hub.repositories["tiny/pushed"]
     assert repository.private
     assert files_on_hub(hub, "tiny/pushed") == {path.name for path in checkpoint.iterdir() if path.is_file()}
     commits = len(repository.commits)
     hub.requests.clear()
-    push("tiny/pushed", str(checkpoint))
+    main(["tiny/pushed", str(checkpoint)])
     assert len(repository.commits) == commits
     assert not [path for method, path in hub.requests if method == "PUT" or "/commit/" in path]
 
 
 def test_what_an_earlier_version_left_is_removed_and_a_tag_does_not_move(hub, online, unchecked, checkpoint):
-    push("tiny/pushed", str(checkpoint), tag="v1")
+    main(["tiny/pushed", str(checkpoint), "--tag", "v1"])
     first = hub.repositories["tiny/pushed"].tags["v1"]
     (checkpoint / "model.safetensors").rename(checkpoint / "model-00001-of-00001.safetensors")
     (checkpoint / "event_segmentation.py").unlink()
     with pytest.raises(ValueError, match=rf"tag \(v1\) of tiny/pushed must not move: it names commit {first}"):
-        push("tiny/pushed", str(checkpoint), tag="v1")
+        main(["tiny/pushed", str(checkpoint), "--tag", "v1"])
     files = files_on_hub(hub, "tiny/pushed")
     assert "model-00001-of-00001.safetensors" in files
     assert not {"model.safetensors", "event_segmentation.py"} & files
-    push("tiny/pushed", str(checkpoint), tag="v2")
+    main(["tiny/pushed", str(checkpoint), "--tag", "v2"])
     assert hub.repositories["tiny/pushed"].tags["v1"] == first != hub.repositories["tiny/pushed"].tags["v2"]
 
 
@@ -178,10 +179,11 @@ def test_without_a_token_it_is_one_line(hub, online, unchecked, checkpoint, monk
 
 def test_a_release_is_converted_first_and_only_once(hub, online, unchecked, release, tmp_path):
     folder, output = str(release[0]), tmp_path / "converted"
-    options = {"form": "full", "tower": f"{folder}/tower", "language_model": f"{folder}/language_model"}
-    push("tiny/pushed", str(output), release=folder, experiment="5", dry_run=True, **options)
+    arguments = ["tiny/pushed", str(output), "--release", folder, "--experiment", "5", "--form", "full"]
+    arguments += ["--tower", f"{folder}/tower", "--language-model", f"{folder}/language_model"]
+    main([*arguments, "--dry-run"])
     written = (output / "conversion_report.json").stat().st_mtime_ns
-    push("tiny/pushed", str(output), release=folder, experiment="5", **options)
+    main(arguments)
     assert (output / "conversion_report.json").stat().st_mtime_ns == written
     assert "conversion_report.json" in files_on_hub(hub, "tiny/pushed")
 
@@ -231,7 +233,7 @@ def test_the_card_says_what_was_measured_and_by_whom(checkpoint, results):
     card = make_card("tiny/pushed", str(checkpoint), "tiny/release@main", BASES, [results], "apache-2.0", "v1")
     metadata, body = read_card(card)
     assert metadata["library_name"] == "transformers" and metadata["pipeline_tag"] == "video-text-to-text"
-    assert metadata["base_model"] == BASES and metadata["license"] == "apache-2.0"
+    assert metadata["base_model"] == list(BASES) and metadata["license"] == "apache-2.0"
     assert metadata["language"] == ["ko", "en"]
     (index,) = metadata["model-index"]
     (result,) = index["results"]
@@ -261,7 +263,7 @@ def test_results_of_another_form_are_a_clear_error(checkpoint, tmp_path):
 
 def test_a_card_of_ones_own_is_kept(unchecked, checkpoint):
     Path(checkpoint, "README.md").write_text("---\nlicense: mit\n---\nMine.")
-    push("tiny/pushed", str(checkpoint), keep_card=True, dry_run=True)
+    main(["tiny/pushed", str(checkpoint), "--keep-card", "--dry-run"])
     assert Path(checkpoint, "README.md").read_text().endswith("Mine.")
-    push("tiny/pushed", str(checkpoint), dry_run=True)
+    main(["tiny/pushed", str(checkpoint), "--dry-run"])
     assert "Mine." not in Path(checkpoint, "README.md").read_text()

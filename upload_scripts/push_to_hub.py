@@ -60,47 +60,24 @@ def main(arguments: list[str] | None = None):
     parser.add_argument("--tag", default=f"v{__version__}", help=f"name of this release (default: v{__version__})")
     parser.add_argument("--public", action="store_true", help="create the repository public, not private")
     parser.add_argument("--dry-run", action="store_true", help="do all but the upload")
-    push(**vars(parser.parse_args(arguments)))
+    options = parser.parse_args(arguments)
+    repo_id, folder, bases = options.repo_id, options.folder, (options.tower, options.language_model)
 
-
-def push(
-    repo_id: str,
-    folder: str,
-    *,
-    release: str | None = None,
-    experiment: str = "6",
-    form: str = "light",
-    tower: str = "facebook/vjepa2-vitl-fpc64-256",
-    language_model: str = "Qwen/Qwen3.5-27B",
-    results: list[str] = (),
-    license: str = "apache-2.0",
-    keep_card: bool = False,
-    tag: str = f"v{__version__}",
-    public: bool = False,
-    dry_run: bool = False,
-):
-    """
-    The arguments are those of the command line.
-
-    Raises:
-        ValueError: for a folder that is not fit to be uploaded, and for a tag that names another commit already.
-        OSError: when something cannot be fetched or uploaded.
-    """
-    if release is not None and not os.path.exists(os.path.join(folder, REPORT_NAME)):
-        convert(release, folder, experiment=experiment, form=form, tower=tower, language_model=language_model)
+    if options.release is not None and not os.path.exists(os.path.join(folder, REPORT_NAME)):
+        form = {"experiment": options.experiment, "form": options.form}
+        convert(options.release, folder, **form, tower=options.tower, language_model=options.language_model)
     check_link(folder)
     check(folder)
     print(f"{folder}: loads without the package, with equal logits and tokens")
-    if not keep_card:
-        card = make_card(repo_id, folder, release, [tower, language_model], results, license, tag)
+    if not options.keep_card:
+        card = make_card(repo_id, folder, options.release, bases, options.results, options.license, options.tag)
         card.save(os.path.join(folder, "README.md"))
-    files = [path for path in sorted(Path(folder).iterdir()) if path.is_file()]
-    for path in files:
+    for path in sorted(Path(folder).iterdir()):
         print(f"  {path.stat().st_size:>14,} {path.name}")
-    if dry_run:
-        print(f"dry run: {len(files)} files for {repo_id}, tag {tag}; nothing was uploaded")
-        return
-    print(upload(repo_id, folder, tag, public))
+    if options.dry_run:
+        print(f"dry run: nothing was uploaded to {repo_id}")
+    else:
+        print(upload(repo_id, folder, options.tag, options.public))
 
 
 def check_link(folder: str):
@@ -153,14 +130,14 @@ def check(folder: str):
 
 
 def make_card(
-    repo_id: str, folder: str, release: str | None, base_models: list[str], results: list[str], license: str, tag: str
+    repo_id: str, folder: str, release: str | None, bases: tuple[str, str], results: list[str], license: str, tag: str
 ) -> ModelCard:
     """The model card: what the folder's own files and the evaluation's results say, and nothing else."""
     config = json.loads(Path(folder, "config.json").read_text(encoding="utf-8"))
     report = Path(folder, REPORT_NAME)
     evaluations = [_read_results(path) for path in results]
     linked = config.get("language_model_name_or_path")
-    base_models = [base_models[0], linked.split(":")[0] if linked else base_models[1]]
+    base_models = [bases[0], linked.split(":")[0] if linked else bases[1]]
     name = repo_id.split("/")[-1]
     card_data = ModelCardData(
         library_name="transformers",
