@@ -103,6 +103,11 @@ class VJepaQwenPipeline(Pipeline):
             kwargs["text"] = text
         return super().__call__(videos, **kwargs)
 
+    def save_pretrained(self, save_directory, **kwargs):
+        """Saves the model with its code, and the processor: a folder that `pipeline(model=folder)` loads again."""
+        super().save_pretrained(save_directory, **kwargs)
+        self.processor.save_pretrained(save_directory)
+
     def _sanitize_parameters(
         self,
         text: str | None = None,

@@ -231,8 +231,7 @@ chat = [{"role": "user", "content": [{"type": "video", "path": video}, {"type": 
 for task in ("any-to-any", "image-text-to-text"):
     other = pipeline(task, model=folder, trust_remote_code=True, device="cpu")
     results.append(other(text=chat, return_full_text=False, max_new_tokens=80)[0]["generated_text"])
-pipe.model.save_pretrained("again")
-pipe.processor.save_pretrained("again")
+pipe.save_pretrained("again")
 print(json.dumps([*results, pipeline(model="again", trust_remote_code=True)(video, max_new_tokens=80)[0]]))
 """
 
