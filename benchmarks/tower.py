@@ -1,0 +1,112 @@
+"""The vision tower: ViT-L on one clip, against transformers' `VJEPA2Model`; random weights, the CPU.
+
+    python -m benchmarks.tower                          # 16 frames; about 5 minutes on 2 cores
+    python -m benchmarks.tower --frames 64 --rounds 1   # one whole window
+
+Speed does not depend on the weights. Every contender has the same ones and sees the same clip of hard cuts; the table
+is followed by how far its features are from those of `VJEPA2Model` in float32, and whether its events are the same.
+"""
+
+import argparse
+import tempfile
+from functools import cache
+from pathlib import Path
+
+import numpy as np
+import torch
+from rich.console import Console
+from transformers import VJEPA2Config, VJEPA2Model
+
+from vjepa_qwen.event_segmentation import EventSegmenter
+from vjepa_qwen.modeling_vjepa_qwen import VJepaQwenVisionTower
+
+from .measure import measure, report
+
+# Name to (class, dtype, whether the predictor runs, as it does by default).
+CONTENDERS = {
+    "ours, bfloat16": (VJepaQwenVisionTower, torch.bfloat16, False),
+    "ours, float32": (VJepaQwenVisionTower, torch.float32, False),
+    "VJEPA2Model": (VJEPA2Model, torch.float32, True),
+    "VJEPA2Model, skip_predictor": (VJEPA2Model, torch.float32, False),
+    "VJEPA2Model, skip_predictor, bfloat16": (VJEPA2Model, torch.bfloat16, False),
+}
+REFERENCE = "VJEPA2Model, skip_predictor"
+FRAMES_PER_SCENE = 6
+
+
+@cache
+def make_model(name: str, layers: int | None):
+    """The same random weights for every contender, made once in a process: the warm-up call does it."""
+    kind, dtype, _ = CONTENDERS[name]
+    config = VJEPA2Config() if layers is None else VJEPA2Config(num_hidden_layers=layers, pred_num_hidden_layers=1)
+    with torch.device("meta"):
+        model = kind(config)
+    model.to_empty(device="cpu")
+    for parameter_name, parameter in model.named_parameters():
+        generator = torch.Generator().manual_seed(sum(map(ord, parameter_name)))
+        if "norm" in parameter_name:
+            torch.nn.init.constant_(parameter, float(parameter_name.endswith("weight")))
+        else:
+            torch.nn.init.normal_(parameter, std=config.initializer_range, generator=generator)
+    return model.to(dtype).eval()
+
+
+def make_frames(num_frames: int) -> torch.FloatTensor:
+    """Smooth scenes with hard cuts and a little motion, `(1, num_frames, 3, 256, 256)`."""
+    generator = torch.Generator().manual_seed(0)
+    scenes = torch.randn(-(-num_frames // FRAMES_PER_SCENE), 3, 8, 8, generator=generator)
+    scenes = torch.nn.functional.interpolate(scenes, size=(256, 256), mode="bicubic")
+    frames = [scenes[i // FRAMES_PER_SCENE].roll(i % FRAMES_PER_SCENE, dims=-1) for i in range(num_frames)]
+    return torch.stack(frames).unsqueeze(0)
+
+
+@torch.no_grad()
+def encode(name: str, num_frames: int, layers: int | None, folder: str) -> None:
+    """What is measured: one clip to features of its steps, which are left in `folder`."""
+    model, frames = make_model(name, layers), make_frames(num_frames)
+    if isinstance(model, VJEPA2Model):
+        hidden_states = model(frames, skip_predictor=not CONTENDERS[name][2]).last_hidden_state
+        features = hidden_states.unflatten(1, (num_frames // 2, -1)).mean(dim=2, dtype=torch.float32)
+    else:
+        features = model(frames).pooler_output
+    np.save(Path(folder) / f"{name}.npy", features[0].numpy())
+
+
+def compare(folder: str) -> dict[str, str]:
+    """Of each contender: relative error of its features, and its boundaries."""
+    segmenter = EventSegmenter(min_events=1)
+    expected = np.load(Path(folder) / f"{REFERENCE}.npy")
+    expected_boundaries = segmenter(torch.from_numpy(expected)).boundaries.tolist()
+    results = {}
+    for name in CONTENDERS:
+        features = np.load(Path(folder) / f"{name}.npy")
+        error = np.linalg.norm(features - expected) / np.linalg.norm(expected)
+        boundaries = segmenter(torch.from_numpy(features)).boundaries.tolist()
+        verdict = "same events" if boundaries == expected_boundaries else f"not {expected_boundaries}"
+        results[name] = f"error {error:.2%}, boundaries {boundaries}: {verdict}"
+    return results
+
+
+def main(arguments: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--frames", type=int, default=16, help="of the clip; even, at most 64")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--layers", type=int, help="of the encoder, to try the script; all 24 by default")
+    parser.add_argument("--output", type=Path, default=Path(__file__).with_suffix(".json"))
+    options = parser.parse_args(arguments)
+    with tempfile.TemporaryDirectory() as folder:
+        contenders = {name: (encode, name, options.frames, options.layers, folder) for name in CONTENDERS}
+        runs = measure(contenders, rounds=options.rounds)
+        accuracy = compare(folder)
+    for name, result in accuracy.items():
+        Console().print(f"{name}: {result}", highlight=False)
+    report(
+        f"ViT-L, {options.frames} frames, CPU",
+        {f"{options.frames} frames": runs},
+        baseline="ours, bfloat16",
+        output=options.output,
+    )
+
+
+if __name__ == "__main__":
+    main()
