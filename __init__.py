@@ -18,6 +18,7 @@ _MODULES = {
     "VJepaQwenConfig": "configuration_vjepa_qwen",
     "VJepaQwenForConditionalGeneration": "modeling_vjepa_qwen",
     "VJepaQwenModel": "modeling_vjepa_qwen",
+    "VJepaQwenPipeline": "pipeline_vjepa_qwen",
     "VJepaQwenProcessor": "processing_vjepa_qwen",
     "VJepaQwenVideoProcessor": "video_processing_vjepa_qwen",
     "VideoDecodingError": "video_decoding",

@@ -118,6 +118,41 @@ def segment(
     _run(videos, lambda video: _segment(processor, video, num_frames, fps)[0], as_json)
 
 
+# The options of these commands are defined where they are used; `--help` goes there too.
+OPTIONS_ELSEWHERE = {"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []}
+
+
+@app.command(context_settings=OPTIONS_ELSEWHERE)
+def convert(context: typer.Context):
+    """Convert the research release's files to a repository, light (linked to its language model) or full."""
+    from .upload_scripts.convert_checkpoint import main
+
+    _pass_on(main, context)
+
+
+@app.command(context_settings=OPTIONS_ELSEWHERE)
+def push(context: typer.Context):
+    """Check a checkpoint, write its model card and upload it to the Hub."""
+    from .upload_scripts.push_to_hub import main
+
+    _pass_on(main, context)
+
+
+@app.command(context_settings=OPTIONS_ELSEWHERE)
+def memory(context: typer.Context):
+    """Print the memory that inference needs, line by line, without loading or downloading weights."""
+    from .memory_budget import main
+
+    _pass_on(main, context)
+
+
+def _pass_on(main, context: typer.Context):
+    try:
+        main(context.args)
+    except (OSError, ValueError) as error:
+        raise _fail(_one_line(error)) from error
+
+
 def _start(model: str):
     # Before transformers is imported. One progress display is enough.
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")

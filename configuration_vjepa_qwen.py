@@ -8,11 +8,13 @@
     (1024, 10240, 5120)
 """
 
+import copy
 import os
 
 from huggingface_hub.dataclasses import strict
 from transformers import AutoConfig, PreTrainedConfig
 from transformers.configuration_utils import SubConfigSpec
+from transformers.dynamic_module_utils import custom_object_save
 
 # Qwen3.5-27B's text configuration. The class defaults of `qwen3_5_text` are the 9B's.
 QWEN3_5_27B_TEXT_CONFIG = {
@@ -52,6 +54,9 @@ AUTO_MAP = {
     "AutoVideoProcessor": "video_processing_vjepa_qwen.VJepaQwenVideoProcessor",
 }
 
+# The same for `pipeline(model=repo)`, which then needs no task: what `Pipeline.save_pretrained` would write.
+CUSTOM_PIPELINES = {"video-text-to-text": {"impl": "pipeline_vjepa_qwen.VJepaQwenPipeline", "pt": ["AutoModel"]}}
+
 
 @strict
 class VJepaQwenConfig(PreTrainedConfig):
@@ -72,6 +77,11 @@ class VJepaQwenConfig(PreTrainedConfig):
             Vocabulary id of the placeholder that stands for one event.
         tie_word_embeddings (`bool`, *optional*, defaults to `False`):
             Whether `lm_head` shares its weight with the input embeddings. `True` as well when `text_config` says so.
+        language_model_name_or_path (`str`, *optional*):
+            Of a light checkpoint, which holds the tower and the projector only: the repository, folder or GGUF file
+            (`owner/name:file.gguf`) that the language model is taken from when loading.
+        language_model_revision (`str`, *optional*):
+            Commit (or branch or tag) of that repository.
 
     Raises:
         ValueError: when `video_token_id` is not an id of the text model's vocabulary.
@@ -91,6 +101,8 @@ class VJepaQwenConfig(PreTrainedConfig):
     projector_hidden_act: str = "gelu"
     video_token_id: int = 248057
     tie_word_embeddings: bool = False
+    language_model_name_or_path: str | None = None
+    language_model_revision: str | None = None
 
     def __post_init__(self, **kwargs):
         super().__post_init__(**kwargs)
@@ -104,9 +116,16 @@ class VJepaQwenConfig(PreTrainedConfig):
             )
 
     def save_pretrained(self, save_directory: str | os.PathLike, **kwargs):
-        """Saves as every configuration does, with the map that lets the Auto classes find all of the remote code."""
+        """
+        Saves as every configuration does, with the maps that let the Auto classes and `pipeline` find all of the
+        remote code, and with the pipeline's code, which no other file needs.
+        """
+        from .pipeline_vjepa_qwen import VJepaQwenPipeline
+
         self.auto_map = dict(AUTO_MAP)
+        self.custom_pipelines = copy.deepcopy(CUSTOM_PIPELINES)
         super().save_pretrained(save_directory, **kwargs)
+        custom_object_save(VJepaQwenPipeline, save_directory)
 
 
 VJepaQwenConfig.register_for_auto_class()

@@ -27,6 +27,8 @@ from transformers.utils import can_return_tuple
 
 from .configuration_vjepa_qwen import VJepaQwenConfig
 from .event_segmentation import count_events
+from .interrupted_downloads import explain_interrupted_download
+from .linked_checkpoint import LinkedCheckpointMixin
 from .tower_layers import TOWER_ATTENTION, PatchConvolution, RotaryAttention
 
 
@@ -143,7 +145,7 @@ class VJepaQwenProjector(nn.Module):
         return self.linear_3(self.act(self.linear_2(hidden_states)))
 
 
-class VJepaQwenPreTrainedModel(PreTrainedModel):
+class VJepaQwenPreTrainedModel(LinkedCheckpointMixin, PreTrainedModel):
     config: VJepaQwenConfig
     config_class = VJepaQwenConfig
     base_model_prefix = "model"
@@ -156,6 +158,14 @@ class VJepaQwenPreTrainedModel(PreTrainedModel):
     _supports_attention_backend = True
     # What a linked V-JEPA 2 or Qwen3.5 checkpoint holds and this model does not need.
     _keys_to_ignore_on_load_unexpected = [r"predictor\.", r"^mtp\.", r"model\.visual\."]
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path, *model_args, language_model=None, **kwargs):
+        """See [`LinkedCheckpointMixin.from_pretrained`]."""
+        with explain_interrupted_download(pretrained_model_name_or_path, language_model, **kwargs):
+            return super().from_pretrained(
+                pretrained_model_name_or_path, *model_args, language_model=language_model, **kwargs
+            )
 
 
 def pool_events(frame_features: torch.FloatTensor, event_ids: torch.LongTensor, num_events: int) -> torch.FloatTensor:

@@ -9,8 +9,6 @@ Events are cut here, so the processor needs features of the vision tower. They c
 * precomputed: `frame_features=...`, or a `VideoEvents` from `processor.segment` in the place of a video.
 """
 
-import json
-import os
 from collections.abc import Callable, Iterator
 from contextlib import closing
 from dataclasses import dataclass
@@ -18,21 +16,17 @@ from functools import partial
 
 import numpy as np
 import torch
-from safetensors import safe_open
 from transformers import AutoTokenizer, BatchFeature, PreTrainedConfig, VideosKwargs
 from transformers.processing_utils import ProcessingKwargs, ProcessorMixin
-from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cached_file, logging
+from transformers.utils import logging
 from transformers.video_utils import VideoMetadata
 
-from .configuration_vjepa_qwen import VJepaQwenConfig
 from .event_segmentation import EventSegmenter, count_events
 from .modeling_vjepa_qwen import VJepaQwenVisionTower
-from .video_encoding import encode_videos
+from .video_encoding import encode_videos, load_vision_tower
 from .video_processing_vjepa_qwen import SampledVideo, VJepaQwenVideoProcessor, flatten_videos, metadata_per_video
 
 logger = logging.get_logger(__name__)
-
-TOWER_PREFIX = "model.vision_tower."
 
 
 @dataclass(frozen=True)
@@ -148,13 +142,21 @@ class VJepaQwenProcessor(ProcessorMixin):
         super().__init__(video_processor, tokenizer, chat_template=chat_template or tokenizer.chat_template)
 
     @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path, **kwargs):
-        """As every processor. The place is remembered: the vision tower is read from there when it is first needed."""
+    def from_pretrained(cls, pretrained_model_name_or_path, *, dtype: str | torch.dtype = "auto", **kwargs):
+        """
+        As every processor. The place is remembered: the vision tower is read from there when it is first needed.
+
+        Args:
+            dtype (`str` or `torch.dtype`, *optional*, defaults to `"auto"`):
+                What that tower computes in. `"auto"` is the dtype of the checkpoint, as for models, but float32 where
+                the hardware has no bfloat16.
+        """
         processor = super().from_pretrained(pretrained_model_name_or_path, **kwargs)
         names = ("cache_dir", "force_download", "local_files_only", "token", "revision", "subfolder")
         processor._checkpoint = (
             pretrained_model_name_or_path,
             {name: kwargs[name] for name in names if kwargs.get(name) is not None},
+            dtype,
         )
         return processor
 
@@ -221,7 +223,7 @@ class VJepaQwenProcessor(ProcessorMixin):
                     "This processor was made from parts and has no vision tower to find events with: call "
                     "`processor.bind(model)`, load it with `from_pretrained`, or pass `frame_features=`"
                 )
-            self._set_vision_tower(_load_vision_tower(*self._checkpoint))
+            self._set_vision_tower(load_vision_tower(*self._checkpoint))
         return self._vision_tower
 
     def segment(
@@ -246,8 +248,8 @@ class VJepaQwenProcessor(ProcessorMixin):
             start_seconds, end_seconds (`float`, *optional*): The part to look at; the whole video by default.
             video_metadata (*optional*): Of videos given as frames, see [`VJepaQwenVideoProcessor.sample`].
             return_exceptions (`bool`, *optional*, defaults to `False`):
-                Whether a video that cannot be read leaves its exception in the list, as in `asyncio.gather`, instead of
-                ending the call.
+                Whether a video that cannot be read leaves its exception in the list, as in `asyncio.gather`, and does
+                not end the call.
 
         Returns:
             `list[VideoEvents]`: One for each video, in order.
@@ -440,7 +442,7 @@ class VJepaQwenProcessor(ProcessorMixin):
             [videos[index] for index in positions],
             [metadata[index] for index in positions],
             sampling_options,
-            keep_frames=self._fits_into_a_window,
+            keep_frames=lambda sampled: sampled.num_frames <= sampled.frames_per_window,
         )
         with closing(encoded_videos):
             for index, encoded in zip(positions, encoded_videos, strict=True):
@@ -457,9 +459,6 @@ class VJepaQwenProcessor(ProcessorMixin):
                         "model's tower."
                     )
         return results
-
-    def _fits_into_a_window(self, sampled: SampledVideo) -> bool:
-        return sampled.num_frames <= self.video_processor.frames_per_clip
 
     def replace_video_token(self, video_inputs: dict, video_idx: int, **kwargs) -> str:
         return self.video_token * count_events(video_inputs["frame_event_ids"][video_idx : video_idx + 1])[0]
@@ -493,35 +492,6 @@ def _as_encoded(video) -> _EncodedVideo | None:
 def _pad(tensors: list[torch.Tensor], padding_value: int = 0) -> torch.Tensor:
     """Stacks tensors of different length; what pads a video is marked by -1 in `frame_event_ids` and never encoded."""
     return torch.nn.utils.rnn.pad_sequence(tensors, batch_first=True, padding_value=padding_value)
-
-
-def _load_vision_tower(checkpoint: str | os.PathLike, download_kwargs: dict) -> VJepaQwenVisionTower:
-    """Reads the tower, and nothing else, from a checkpoint: only the files that hold its tensors are fetched."""
-    config = VJepaQwenConfig.from_pretrained(checkpoint, **download_kwargs)
-    index_file = cached_file(
-        checkpoint, SAFE_WEIGHTS_INDEX_NAME, _raise_exceptions_for_missing_entries=False, **download_kwargs
-    )
-    if index_file is None:
-        file_names = {SAFE_WEIGHTS_NAME}
-    else:
-        with open(index_file, encoding="utf-8") as file:
-            weight_map = json.load(file)["weight_map"]
-        file_names = {file_name for name, file_name in weight_map.items() if name.startswith(TOWER_PREFIX)}
-    state_dict = {}
-    for file_name in sorted(file_names):
-        with safe_open(cached_file(checkpoint, file_name, **download_kwargs), framework="pt") as tensors:
-            for name in tensors.keys():
-                if name.startswith(TOWER_PREFIX):
-                    state_dict[name.removeprefix(TOWER_PREFIX)] = tensors.get_tensor(name)
-    if not state_dict:
-        raise ValueError(
-            f"checkpoint ({checkpoint}) must hold the vision tower ({TOWER_PREFIX}*) in safetensors files; save the "
-            "model with `save_pretrained` into the processor's folder, or call `processor.bind(model)`"
-        )
-    tower = VJepaQwenVisionTower._from_config(config.vision_config)
-    tower.load_state_dict(state_dict, strict=True, assign=True)
-    device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else "cpu"
-    return tower.to(device).eval()
 
 
 VJepaQwenProcessor.register_for_auto_class()

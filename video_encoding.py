@@ -1,6 +1,7 @@
 """Videos to features of the tower: windows are decoded in background threads while the one before them is encoded.
 
-    for video in encode_videos(tower, [lambda: video_processor.sample("a.mp4"), lambda: video_processor.sample("b.mkv")]):
+    tower = load_vision_tower("repository or folder", {})
+    for video in encode_videos(tower, [partial(video_processor.sample, path) for path in paths]):
         video.frame_features                               # (num_steps, hidden), or the exception of a bad file
 
 Every open video has one batch of windows ahead and no more, so the memory depends neither on the length of a video nor
@@ -8,6 +9,7 @@ on the number of videos; only features grow. A batch holds windows of one video 
 the tower: what a video's features are, to the last bit, never depends on what is encoded beside it.
 """
 
+import json
 import math
 import os
 from collections import deque
@@ -18,14 +20,21 @@ from functools import partial
 from itertools import islice
 
 import torch
+from safetensors import safe_open
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cached_file
 
+from .configuration_vjepa_qwen import VJepaQwenConfig
+from .interrupted_downloads import explain_interrupted_download
+from .modeling_vjepa_qwen import VJepaQwenVisionTower
 from .video_processing_vjepa_qwen import SampledVideo
+
+TOWER_PREFIX = "model.vision_tower."
 
 # Tokens of one forward pass. An accelerator is filled by a 64-frame window of ViT-L, or by several smaller ones; on a
 # CPU more of them only take memory.
 ACCELERATOR_TOKENS = 8192
 CPU_TOKENS = 1024
-# Videos that are decoded side by side: one for each core, but each holds up to two windows (50 MB each in ViT-L's size).
+# Videos that are decoded side by side: one for each core, but each holds a batch or two (50 MB for ViT-L).
 MAX_OPEN_VIDEOS = 8
 
 
@@ -46,7 +55,7 @@ class VideoFeatures:
 
 
 def encode_videos(
-    tower: torch.nn.Module,
+    tower: VJepaQwenVisionTower,
     videos: Sequence[Callable[[], SampledVideo]],
     *,
     keep_frames: Callable[[SampledVideo], bool] = lambda sampled: False,
@@ -88,7 +97,7 @@ def encode_videos(
 class _Reader:
     """Batches of windows of one video, each made in the background while the one before it is in use."""
 
-    def __init__(self, pool: ThreadPoolExecutor, open_video: Callable[[], SampledVideo], tower: torch.nn.Module):
+    def __init__(self, pool: ThreadPoolExecutor, open_video: Callable[[], SampledVideo], tower: VJepaQwenVisionTower):
         self._pool = pool
         self._batches = _read_batches(open_video, tower)
         self._next = pool.submit(next, self._batches, None)
@@ -151,4 +160,53 @@ def _encode_windows(tower, windows: torch.FloatTensor) -> torch.FloatTensor:
         tower.train(was_training)
 
 
-__all__ = ["VideoFeatures", "encode_videos"]
+def load_vision_tower(
+    checkpoint: str | os.PathLike, download_kwargs: dict, dtype: str | torch.dtype = "auto"
+) -> VJepaQwenVisionTower:
+    """Reads the tower, and nothing else, from a checkpoint: only the files that hold its tensors are fetched.
+
+    It goes to the accelerator if there is one. `dtype`: see [`VJepaQwenProcessor.from_pretrained`].
+    """
+    config = VJepaQwenConfig.from_pretrained(checkpoint, **download_kwargs)
+    index_file = cached_file(
+        checkpoint, SAFE_WEIGHTS_INDEX_NAME, _raise_exceptions_for_missing_entries=False, **download_kwargs
+    )
+    if index_file is None:
+        file_names = {SAFE_WEIGHTS_NAME}
+    else:
+        with open(index_file, encoding="utf-8") as file:
+            weight_map = json.load(file)["weight_map"]
+        file_names = {file_name for name, file_name in weight_map.items() if name.startswith(TOWER_PREFIX)}
+    state_dict = {}
+    for file_name in sorted(file_names):
+        with explain_interrupted_download(checkpoint, **download_kwargs):
+            path = cached_file(checkpoint, file_name, **download_kwargs)
+        with safe_open(path, framework="pt") as tensors:
+            for name in tensors.keys():
+                if name.startswith(TOWER_PREFIX):
+                    state_dict[name.removeprefix(TOWER_PREFIX)] = tensors.get_tensor(name)
+    if not state_dict:
+        raise ValueError(
+            f"checkpoint ({checkpoint}) must hold the vision tower ({TOWER_PREFIX}*) in safetensors files; save the "
+            "model with `save_pretrained` into the processor's folder, or call `processor.bind(model)`"
+        )
+    tower = VJepaQwenVisionTower._from_config(config.vision_config)
+    tower.load_state_dict(state_dict, strict=True, assign=True)
+    device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else torch.device("cpu")
+    if dtype == "auto":
+        dtype = config.dtype or tower.dtype
+        if dtype == torch.bfloat16 and not _has_bfloat16(device):
+            dtype = torch.float32
+    elif isinstance(dtype, str):
+        dtype = getattr(torch, dtype)
+    return tower.to(device, dtype).eval()
+
+
+def _has_bfloat16(device: torch.device) -> bool:
+    """Whether bfloat16 is computed by the hardware; CPUs without it take several times as long as in float32."""
+    if device.type == "cpu":
+        return torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    return device.type != "cuda" or torch.cuda.is_bf16_supported(including_emulation=False)
+
+
+__all__ = ["VideoFeatures", "encode_videos", "load_vision_tower"]

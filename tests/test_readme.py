@@ -20,8 +20,8 @@ def test_python_examples_run_as_written(tmp_path):
         [sys.executable, "-c", script], cwd=ROOT, env=environment, capture_output=True, text=True, check=False
     )
     assert result.returncode == 0, result.stderr[-2000:]
-    text, *events = result.stdout.splitlines()
-    assert "video" in text
+    from_pipeline, text, *events = result.stdout.splitlines()
+    assert "video" in text and from_pipeline == text
     assert all(re.fullmatch(r" *[\d.]+ - +[\d.]+ s   score [\d.]+", line) for line in events) and events
 
 

@@ -187,3 +187,20 @@ def test_count_matches_is_one_to_one():
     assert count_matches([1.0], [0.9, 1.1], 0.2) == 1
     assert count_matches([0.5], [1.0], 0.2) == 0
     assert count_matches([], [1.0], 0.2) == count_matches([1.0], [], 0.2) == 0
+
+
+def test_the_committed_files_are_those_that_the_build_writes(tokenizer, tmp_path):
+    """All but weights and what was learned: whoever changes what is saved must save the toy again."""
+    from vjepa_qwen import VJepaQwenForConditionalGeneration, VJepaQwenProcessor
+    from vjepa_qwen.toy.build import make_config, save
+
+    save(
+        VJepaQwenForConditionalGeneration(make_config(tokenizer)),
+        VJepaQwenProcessor.from_pretrained(TOY_CHECKPOINT),
+        tmp_path,
+    )
+    committed = Path(TOY_CHECKPOINT)
+    names = {path.name for path in committed.iterdir() if path.name != "__pycache__"}
+    assert {path.name for path in tmp_path.iterdir()} == names
+    for name in ("config.json", "processor_config.json", "chat_template.jinja"):
+        assert (tmp_path / name).read_text(encoding="utf-8") == (committed / name).read_text(encoding="utf-8"), name

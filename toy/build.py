@@ -1,4 +1,4 @@
-"""Builds the toy checkpoint from a seed: rendering, tower, segmentation, language, in about 25 minutes on 2 cores.
+"""Builds the toy checkpoint from a seed: rendering, tower, segmentation, language, in about 35 minutes on 2 cores.
 
     python -m vjepa_qwen.toy.build --output toy/checkpoint --seed 0
 
@@ -42,7 +42,7 @@ from .tower_training import scene_of_steps, train_tower
 
 NUM_CLIPS = 6000
 NUM_TOWER_UPDATES = 2200
-NUM_LANGUAGE_UPDATES = 500
+NUM_LANGUAGE_UPDATES = 1500
 NUM_LANGUAGE_CLIPS = 3000
 NUM_SEGMENTATION_CLIPS = 1000
 CHAT_TEMPLATE = Path(__file__).parent / "chat_template.jinja"

@@ -1,0 +1,1 @@
+../../pipeline_vjepa_qwen.py

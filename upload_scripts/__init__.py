@@ -1,0 +1,1 @@
+"""From the research release to the Hub: conversion and upload."""
