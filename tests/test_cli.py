@@ -132,6 +132,16 @@ def test_options_that_do_not_fit_are_a_clear_error(run, clips):
     assert "num_frames (7) must be a multiple of 2" in result.stderr
 
 
+def test_interruption_ends_the_command_without_a_traceback(run, clips, monkeypatch):
+    def interrupt(tower, pixel_values_videos, **kwargs):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("vjepa_qwen.modeling_vjepa_qwen.VJepaQwenVisionTower.forward", interrupt)
+    result = run("segment", *clips)
+    assert result.exit_code == 130
+    assert "Traceback" not in result.output
+
+
 def test_a_model_that_is_not_there_is_one_line(clips, tmp_path):
     result = CliRunner().invoke(app, ["segment", clips[0], "--model", str(tmp_path / "nothing")])
     assert result.exit_code == 1
