@@ -1,13 +1,16 @@
 """The vision tower: ViT-L on one clip, against transformers' `VJEPA2Model`; random weights, the CPU.
 
-    python -m benchmarks.tower                          # 16 frames; about 5 minutes on 2 cores
+    python -m benchmarks.tower                          # 16 frames; about 7 minutes on 2 cores
     python -m benchmarks.tower --frames 64 --rounds 1   # one whole window
+    python -m benchmarks.tower --rounds 0 --shorts 60   # only whether bfloat16 moves boundaries
 
 Speed does not depend on the weights. Every contender has the same ones and sees the same clip of hard cuts; the table
-is followed by how far its features are from those of `VJEPA2Model` in float32, and whether its events are the same.
+is preceded by how far its features are from those of `VJEPA2Model` in float32, and whether its events are the same.
+What bfloat16 does to the boundaries of a trained tower is measured with the toy on held-out synthetic shorts.
 """
 
 import argparse
+import copy
 import tempfile
 from functools import cache
 from pathlib import Path
@@ -17,10 +20,13 @@ import torch
 from rich.console import Console
 from transformers import VJEPA2Config, VJEPA2Model
 
+from vjepa_qwen import TOY_CHECKPOINT, VJepaQwenProcessor
 from vjepa_qwen.event_segmentation import EventSegmenter
 from vjepa_qwen.modeling_vjepa_qwen import VJepaQwenVisionTower
+from vjepa_qwen.toy.synthetic_shorts import HELD_OUT_SEEDS, generate_short, write_video
+from vjepa_qwen.video_encoding import load_vision_tower
 
-from .measure import measure, report
+from .measure import measure, report, write_json
 
 # Name to (class, dtype, whether the predictor runs, as it does by default).
 CONTENDERS = {
@@ -87,25 +93,64 @@ def compare(folder: str) -> dict[str, str]:
     return results
 
 
+@torch.no_grad()
+def count_equal_boundaries(num_shorts: int) -> dict[str, dict[str, int]]:
+    """Of held-out shorts, how many a bfloat16 toy tower cuts as the float32 one: by segmentation and by tower."""
+    processor, exact = VJepaQwenProcessor.from_pretrained(TOY_CHECKPOINT), load_vision_tower(TOY_CHECKPOINT, {})
+    theirs = VJEPA2Model(copy.deepcopy(exact.config))
+    theirs.load_state_dict(exact.state_dict(), strict=False)  # all but the predictor, which does not run
+    theirs = theirs.bfloat16().eval()
+    ours = copy.deepcopy(exact).bfloat16()
+    towers = {
+        "float32": lambda windows: exact(windows).last_hidden_state,
+        "ours, bfloat16": lambda windows: ours(windows).last_hidden_state,
+        "VJEPA2Model, bfloat16": lambda windows: theirs(windows, skip_predictor=True).last_hidden_state,
+    }
+    segmenters = {"of the toy": processor.segmenter, "defaults": EventSegmenter()}
+    equal = {kind: dict.fromkeys(towers, 0) for kind in segmenters}
+    with tempfile.TemporaryDirectory() as folder:
+        for seed in HELD_OUT_SEEDS[:num_shorts]:
+            path = f"{folder}/{seed}.mp4"
+            write_video(generate_short(seed), path)
+            windows = torch.stack(list(processor.video_processor.sample(path).windows()))
+            num_steps = windows.shape[1] // 2
+            for kind, segmenter in segmenters.items():
+                cuts = {}
+                for name, tower in towers.items():
+                    steps = tower(windows).unflatten(1, (num_steps, -1)).mean(dim=2, dtype=torch.float32)
+                    cuts[name] = segmenter(steps.flatten(0, 1), steps_per_window=num_steps).boundaries.tolist()
+                for name, boundaries in cuts.items():
+                    equal[kind][name] += boundaries == cuts["float32"]
+    return equal
+
+
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--frames", type=int, default=16, help="of the clip; even, at most 64")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--layers", type=int, help="of the encoder, to try the script; all 24 by default")
-    parser.add_argument("--output", type=Path, default=Path(__file__).with_suffix(".json"))
+    parser.add_argument("--shorts", type=int, default=60, help="synthetic shorts to compare boundaries on")
+    parser.add_argument("--output", type=Path, default=Path(__file__).parent, help="folder of the JSON files")
     options = parser.parse_args(arguments)
-    with tempfile.TemporaryDirectory() as folder:
-        contenders = {name: (encode, name, options.frames, options.layers, folder) for name in CONTENDERS}
-        runs = measure(contenders, rounds=options.rounds)
-        accuracy = compare(folder)
-    for name, result in accuracy.items():
-        Console().print(f"{name}: {result}", highlight=False)
-    report(
-        f"ViT-L, {options.frames} frames, CPU",
-        {f"{options.frames} frames": runs},
-        baseline="ours, bfloat16",
-        output=options.output,
-    )
+    console = Console()
+    if options.shorts:
+        equal = count_equal_boundaries(options.shorts)
+        for kind, counts in equal.items():
+            console.print(f"boundaries as in float32, of {options.shorts} shorts, segmentation {kind}: {counts}")
+        results = {"num_shorts": options.shorts, "with_the_boundaries_of_float32": equal}
+        write_json(options.output / "tower_boundaries.json", results)
+    if options.rounds:
+        with tempfile.TemporaryDirectory() as folder:
+            contenders = {name: (encode, name, options.frames, options.layers, folder) for name in CONTENDERS}
+            runs = measure(contenders, rounds=options.rounds)
+            for name, result in compare(folder).items():
+                console.print(f"{name}: {result}", highlight=False)
+        report(
+            f"ViT-L, {options.frames} frames, CPU",
+            {f"{options.frames} frames": runs},
+            baseline="ours, bfloat16",
+            output=options.output / f"tower_{options.frames}_frames.json",
+        )
 
 
 if __name__ == "__main__":
