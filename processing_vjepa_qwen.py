@@ -293,8 +293,7 @@ class VJepaQwenProcessor(ProcessorMixin):
             `VideoEvents`, in order.
         """
         videos = flatten_videos(videos)
-        part = {"start_seconds": start_seconds, "end_seconds": end_seconds}
-        options = {"num_frames": num_frames, "fps": fps, **{k: v for k, v in part.items() if v is not None}}
+        options = {"num_frames": num_frames, "fps": fps, "start_seconds": start_seconds, "end_seconds": end_seconds}
         encoded_videos = self._encode_videos(videos, video_metadata, options, on_window=on_window)
         with closing(encoded_videos):
             for encoded in encoded_videos:

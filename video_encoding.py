@@ -127,7 +127,7 @@ def _read_batches(open_video, tower) -> Iterator[tuple[SampledVideo, torch.Float
 
 
 def _encode_video(tower, reader: _Reader, keep_frames, on_window) -> VideoFeatures | Exception:
-    features, frames, num_windows = [], [], 0
+    features, frames, num_windows, num_steps = None, [], 0, 0
     while True:
         try:
             batch = reader.read()
@@ -136,15 +136,20 @@ def _encode_video(tower, reader: _Reader, keep_frames, on_window) -> VideoFeatur
         if batch is None:
             break
         sampled, windows = batch
-        features.append(_encode_windows(tower, windows))
+        encoded = _encode_windows(tower, windows)
+        if features is None:
+            # Room for all at once: many small tensors that stay between large ones that go would fragment the memory.
+            features = encoded.new_empty(sampled.num_frames // tower.config.tubelet_size, encoded.shape[-1])
+        features[num_steps : num_steps + len(encoded)] = encoded
+        num_steps += len(encoded)
         num_windows += len(windows)
         if keep_frames(sampled):
             frames.append(windows.flatten(0, 1))
-        del batch, windows  # before the next one arrives
+        del batch, windows, encoded  # before the next one arrives
         if on_window is not None:
             on_window(num_windows, math.ceil(sampled.num_frames / sampled.frames_per_window))
     # The only place where the host waits for the device.
-    return VideoFeatures(sampled, torch.cat(features).cpu(), torch.cat(frames) if frames else None)
+    return VideoFeatures(sampled, features.cpu(), torch.cat(frames) if frames else None)
 
 
 @torch.no_grad()

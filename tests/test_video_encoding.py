@@ -191,18 +191,16 @@ def test_nothing_to_do_is_nothing(bound):
     assert bound.segment([]) == []
 
 
-def test_a_part_of_a_video_is_asked_of_the_sampling_and_limits_the_events(bound, clips, monkeypatch):
-    whole, asked = bound.video_processor.sample, {}
-
-    def sample(video, start_seconds=None, end_seconds=None, **options):
-        asked.update(start_seconds=start_seconds, end_seconds=end_seconds)
-        return whole(video, **options)
-
-    monkeypatch.setattr(bound.video_processor, "sample", sample)
-    video = bound.segment(clips[2], start_seconds=0.0625, end_seconds=3.9)[0]
-    assert asked == {"start_seconds": 0.0625, "end_seconds": 3.9}
-    assert (video.events[0].start_seconds, video.events[-1].end_seconds) == (0.0625, 3.9)
-    assert bound.segment(clips[2], end_seconds=100.0)[0].events[-1].end_seconds == pytest.approx(4.0)
+def test_a_part_of_a_video_keeps_the_times_of_the_whole(bound, clips):
+    """Four scenes of a second each: the middle two."""
+    video = bound.segment(clips[2], start_seconds=1.0, end_seconds=3.0)[0]
+    assert 1.0 <= video.timestamps[0] and video.timestamps[-1] < 3.0
+    assert (video.events[0].start_seconds, video.events[-1].end_seconds) == (1.0, 3.0)
+    assert video.duration_seconds == pytest.approx(4.0)
+    to_the_end = bound.segment(clips[2], start_seconds=2.5, end_seconds=100.0)[0]
+    assert (to_the_end.events[0].start_seconds, to_the_end.events[-1].end_seconds) == (2.5, pytest.approx(4.0))
+    with pytest.raises(ValueError, match=r"start_seconds \(5\)"):
+        bound.segment(clips[2], start_seconds=5)
 
 
 @pytest.mark.parametrize("saved", [torch.float32, torch.bfloat16])
