@@ -28,6 +28,9 @@ from .video_processing_vjepa_qwen import SampledVideo, VJepaQwenVideoProcessor, 
 
 logger = logging.get_logger(__name__)
 
+# Of a call, passed on to `VJepaQwenVideoProcessor.sample`.
+SAMPLING_OPTIONS = ("num_frames", "fps", "start_seconds", "end_seconds", "do_sample_frames", "input_data_format")
+
 
 @dataclass(frozen=True)
 class Event:
@@ -80,9 +83,13 @@ class VJepaQwenVideosKwargs(VideosKwargs, total=False):
     """
     return_frame_features (`bool`, *optional*):
         Whether to return the tower's features (`True`) or the frames (`False`), against the processor's own choice.
+    start_seconds, end_seconds (`float`, *optional*):
+        The part of the video to look at; the whole by default.
     """
 
     return_frame_features: bool | None
+    start_seconds: float | None
+    end_seconds: float | None
 
 
 class VJepaQwenProcessorKwargs(ProcessingKwargs, total=False):
@@ -389,28 +396,19 @@ class VJepaQwenProcessor(ProcessorMixin):
     def _process_videos(
         self,
         videos: list,
-        num_frames: int | None = None,
-        fps: float | None = None,
         video_metadata=None,
-        do_sample_frames: bool | None = None,
-        input_data_format: str | None = None,
         return_frame_features: bool | None = None,
         return_metadata: bool | None = None,
         return_tensors=None,
         **kwargs,
     ):
+        sampling_options = {name: kwargs.pop(name) for name in SAMPLING_OPTIONS if name in kwargs}
         if kwargs:
             raise ValueError(
                 f"{', '.join(kwargs)} must not change from call to call: the tower and the saved events rest on it; "
                 "set it on `processor.video_processor`"
             )
-        sampling_kwargs = {
-            "num_frames": num_frames,
-            "fps": fps,
-            "do_sample_frames": do_sample_frames,
-            "input_data_format": input_data_format,
-        }
-        encoded = self._encode_for_model(videos, video_metadata, sampling_kwargs)
+        encoded = self._encode_for_model(videos, video_metadata, sampling_options)
         has_all_frames = all(video.pixel_values is not None for video in encoded)
         if return_frame_features is None:
             return_frame_features = self._is_bound or not has_all_frames
@@ -471,7 +469,8 @@ class VJepaQwenProcessor(ProcessorMixin):
         As [`ProcessorMixin.apply_chat_template`], with thinking off unless `enable_thinking=True` is passed: a
         description needs none, and a short `max_new_tokens` would be spent on it.
 
-        `num_frames`, `fps`, `video_metadata` and `return_frame_features` go into `processor_kwargs`.
+        `num_frames`, `fps`, `start_seconds`, `end_seconds`, `video_metadata` and `return_frame_features` go into
+        `processor_kwargs`.
         """
         if "enable_thinking" in self._resolve_chat_template(chat_template):
             kwargs.setdefault("enable_thinking", False)

@@ -199,6 +199,8 @@ def test_a_part_of_a_video_keeps_the_times_of_the_whole(bound, clips):
     assert video.duration_seconds == pytest.approx(4.0)
     to_the_end = bound.segment(clips[2], start_seconds=2.5, end_seconds=100.0)[0]
     assert (to_the_end.events[0].start_seconds, to_the_end.events[-1].end_seconds) == (2.5, pytest.approx(4.0))
+    inputs = bound(videos=clips[2], start_seconds=1.0, end_seconds=3.0)
+    assert torch.equal(inputs["frame_features"][0], video.frame_features)
     with pytest.raises(ValueError, match=r"start_seconds \(5\)"):
         bound.segment(clips[2], start_seconds=5)
 
