@@ -42,7 +42,7 @@ FRAMES_PER_SCENE = 6
 
 @cache
 def make_model(name: str, layers: int | None):
-    """The same random weights for every contender, made once in a process: the warm-up call does it."""
+    """The same random weights for every contender, made once in a process."""
     kind, dtype, _ = CONTENDERS[name]
     config = VJEPA2Config() if layers is None else VJEPA2Config(num_hidden_layers=layers, pred_num_hidden_layers=1)
     with torch.device("meta"):
@@ -69,6 +69,8 @@ def make_frames(num_frames: int) -> torch.FloatTensor:
 @torch.no_grad()
 def encode(name: str, num_frames: int, layers: int | None, folder: str) -> None:
     """What is measured: one clip to features of its steps, which are left in `folder`."""
+    if make_model.cache_info().currsize == 0:  # the warm-up call, which makes the model, sees one step only
+        num_frames = 2
     model, frames = make_model(name, layers), make_frames(num_frames)
     if isinstance(model, VJEPA2Model):
         hidden_states = model(frames, skip_predictor=not CONTENDERS[name][2]).last_hidden_state
