@@ -15,7 +15,6 @@ or one shorter window that is asked for. The frames are those on show in the mid
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from itertools import islice
 
 import numpy as np
 import torch
@@ -53,11 +52,17 @@ class VJepaQwenVideosKwargs(VideosKwargs, total=False):
         Frames in one temporal step.
     max_window_seconds (`float`, *optional*):
         Longest time that one window stretches over when neither `num_frames` nor `fps` is given.
+    start_seconds (`float`, *optional*):
+        Where the part to look at begins.
+    end_seconds (`float`, *optional*):
+        Where the part to look at ends.
     """
 
     frames_per_clip: int
     tubelet_size: int
     max_window_seconds: float
+    start_seconds: float | None
+    end_seconds: float | None
 
 
 @dataclass(frozen=True, eq=False)
@@ -66,7 +71,8 @@ class SampledVideo:
     The frames chosen from one video, decoded when they are asked for.
 
     Attributes:
-        timestamps (`np.ndarray` of shape `(num_frames,)`, float64): Presentation time of each frame, in seconds.
+        timestamps (`np.ndarray` of shape `(num_frames,)`, float64):
+            Presentation time of each frame, in seconds from the start of the video, also where only a part is sampled.
         duration_seconds (`float`): From the start of the first to the end of the last frame of the video.
         metadata (`VideoMetadata`): Of the whole video; `frames_indices` are the chosen frames.
         frames_per_window (`int`): Most frames in one window.
@@ -86,7 +92,10 @@ class SampledVideo:
 
     def windows(self) -> Iterator[torch.FloatTensor]:
         """
-        Decodes and preprocesses window after window; each call starts anew. Only one window is in memory.
+        Decodes and preprocesses window after window; each call starts anew.
+
+        In memory are one window and, of a file, the few frames that threads have decoded ahead: the next window is
+        being decoded while this one is used.
 
         Yields:
             `torch.FloatTensor` of shape `(frames_in_window, 3, height, width)`, float32, on the CPU.
@@ -94,9 +103,15 @@ class SampledVideo:
         Raises:
             VideoDecodingError: when no frame of a file can be decoded.
         """
-        frames = self._read_frames()
-        while window := list(islice(frames, self.frames_per_window)):
-            yield self._normalize(torch.stack(window))
+        frames, window = self._read_frames(), None
+        for position, frame in enumerate(frames):
+            frame, row = self._normalize(frame), position % self.frames_per_window
+            if window is None:
+                window = frame.new_empty(min(self.frames_per_window, self.num_frames - position), *frame.shape)
+            window[row] = frame
+            if row + 1 == len(window):
+                yield window
+                window = None
 
 
 class VJepaQwenVideoProcessor(BaseVideoProcessor):
@@ -165,6 +180,8 @@ class VJepaQwenVideoProcessor(BaseVideoProcessor):
         video_metadata: VideoMetadata | dict | None = None,
         do_sample_frames: bool | None = None,
         input_data_format: str | ChannelDimension | None = None,
+        start_seconds: float | None = None,
+        end_seconds: float | None = None,
     ) -> SampledVideo:
         """
         Chooses frames of one video. A file is scanned for the times of its frames; they are decoded later.
@@ -186,13 +203,17 @@ class VJepaQwenVideoProcessor(BaseVideoProcessor):
             do_sample_frames (`bool`, *optional*): `False` takes all frames as they are.
             input_data_format (`str`, *optional*):
                 `"channels_first"` or `"channels_last"` where the shape of an array does not tell.
+            start_seconds, end_seconds (`float`, *optional*):
+                The part to look at, in seconds from the start of the video: frames are spread over it and counted for
+                it alone. Of a file little else is decoded. Defaults to the whole video, and so does an end beyond it.
 
         Returns:
             `SampledVideo`
 
         Raises:
             VideoDecodingError: for what is no readable video.
-            ValueError: for a number of frames that makes no whole windows, and for arrays that are no videos.
+            ValueError: for a number of frames that makes no whole windows, for arrays that are no videos, and for a
+                part that the video does not have.
         """
         if num_frames is None and fps is None:
             num_frames, fps = self.num_frames, self.fps
@@ -206,20 +227,24 @@ class VJepaQwenVideoProcessor(BaseVideoProcessor):
             decoder = VideoDecoder(video)
             frames, times, duration_seconds = None, decoder.timestamps, decoder.duration_seconds
             height, width = decoder.height, decoder.width
+        start, end = _part(start_seconds, end_seconds, duration_seconds)
         if self.do_sample_frames if do_sample_frames is None else do_sample_frames:
             if num_frames is None:
-                num_frames = self._default_num_frames(duration_seconds, fps)
+                num_frames = self._default_num_frames(end - start, fps)
             self._check_num_frames(num_frames, "num_frames")
-            targets = (np.arange(num_frames) + 0.5) * (duration_seconds / num_frames) + TIME_TOLERANCE_SECONDS
+            targets = start + (np.arange(num_frames) + 0.5) * ((end - start) / num_frames) + TIME_TOLERANCE_SECONDS
             indices = np.maximum(np.searchsorted(times, targets, side="right") - 1, 0)
         else:
-            self._check_num_frames(len(times), "number of frames of a video, with do_sample_frames=False,")
-            indices = np.arange(len(times))
+            # Those that are on show at some time of the part.
+            first = max(np.searchsorted(times, start + TIME_TOLERANCE_SECONDS, side="right") - 1, 0)
+            indices = np.arange(first, max(np.searchsorted(times, end - TIME_TOLERANCE_SECONDS), first + 1))
+            self._check_num_frames(len(indices), "number of frames of a video, with do_sample_frames=False,")
         size = self._resized_size(height, width)
 
         def read_frames() -> Iterator[torch.Tensor]:
             if frames is None:
-                images = map(torch.from_numpy, decoder.frames(indices.tolist(), size=size))
+                crop = (self.crop_size.height, self.crop_size.width) if self.do_center_crop else None
+                images = map(torch.from_numpy, decoder.frames(indices.tolist(), size=size, crop=crop))
             else:
                 images = (self._resize_frame(frames[index].cpu(), size) for index in indices.tolist())
             return map(self._crop_frame, images)
@@ -234,7 +259,7 @@ class VJepaQwenVideoProcessor(BaseVideoProcessor):
             frames_indices=indices.tolist(),
         )
         return SampledVideo(
-            times[indices], duration_seconds, metadata, self.frames_per_clip, read_frames, self._normalize_window
+            times[indices], duration_seconds, metadata, self.frames_per_clip, read_frames, self._normalize_frame
         )
 
     def _default_num_frames(self, duration_seconds: float, fps: float | None) -> int:
@@ -276,9 +301,9 @@ class VJepaQwenVideoProcessor(BaseVideoProcessor):
     def _crop_frame(self, frame: torch.Tensor) -> torch.Tensor:
         return self.center_crop(frame, self.crop_size) if self.do_center_crop else frame
 
-    def _normalize_window(self, window: torch.Tensor) -> torch.FloatTensor:
+    def _normalize_frame(self, frame: torch.Tensor) -> torch.FloatTensor:
         return self.rescale_and_normalize(
-            window.float(), self.do_rescale, self.rescale_factor, self.do_normalize, self.image_mean, self.image_std
+            frame.float(), self.do_rescale, self.rescale_factor, self.do_normalize, self.image_mean, self.image_std
         )
 
     def _to_tensor(self, video, input_data_format: str | ChannelDimension | None) -> torch.Tensor:
@@ -331,7 +356,7 @@ class VJepaQwenVideoProcessor(BaseVideoProcessor):
 
         Args:
             videos: A video in any form that [`~VJepaQwenVideoProcessor.sample`] takes, or a list of them.
-            num_frames, fps, video_metadata, do_sample_frames, input_data_format (*optional*):
+            num_frames, fps, video_metadata, do_sample_frames, input_data_format, start_seconds, end_seconds:
                 As in [`~VJepaQwenVideoProcessor.sample`]; `video_metadata` may be a list, one entry for each video.
             return_tensors (`str`, *optional*, defaults to `"pt"`):
                 `None` gives a list with one tensor for each video, which may then differ in length.
@@ -353,9 +378,8 @@ class VJepaQwenVideoProcessor(BaseVideoProcessor):
         device = kwargs.pop("device", None) or self.device
         if kwargs.pop("data_format", None) not in (None, ChannelDimension.FIRST):
             raise ValueError("data_format must be 'channels_first', which is what the tower takes")
-        sampling_kwargs = {
-            name: kwargs.pop(name, None) for name in ("num_frames", "fps", "do_sample_frames", "input_data_format")
-        }
+        names = ("num_frames", "fps", "do_sample_frames", "input_data_format", "start_seconds", "end_seconds")
+        sampling_kwargs = {name: kwargs.pop(name, None) for name in names}
         # A copy with this call's attributes.
         processor = type(self).from_dict(self.to_dict(), **kwargs) if kwargs else self
         videos = flatten_videos(videos)
@@ -435,6 +459,20 @@ def _stack_frames(frames: list) -> torch.Tensor:
         raise ValueError(f"frames of a video ({sorted(shapes)}) must have one shape; resize them to one size")
     video = torch.stack(frames)
     return video[..., None] if video.ndim == 3 else video
+
+
+def _part(start_seconds: float | None, end_seconds: float | None, duration_seconds: float) -> tuple[float, float]:
+    """Start and end of the part to look at, within the video."""
+    start = 0.0 if start_seconds is None else start_seconds
+    end = duration_seconds if end_seconds is None else min(end_seconds, duration_seconds)
+    if not 0 <= start < duration_seconds:
+        raise ValueError(
+            f"start_seconds ({start_seconds}) must be at least 0 and before the end of the video, which is "
+            f"{duration_seconds:.3f} seconds long"
+        )
+    if not start < end:
+        raise ValueError(f"end_seconds ({end_seconds}) must be greater than start_seconds ({start})")
+    return start, end
 
 
 def _frame_times(video_metadata: VideoMetadata | dict | None, num_frames: int) -> tuple[np.ndarray, float]:
