@@ -132,7 +132,8 @@ class VideoDecoder:
         if len(timestamps) == 0:
             raise VideoDecodingError(f"{self.name}: the video stream has no frames")
         if first_frame is None:
-            raise VideoDecodingError(f"{self.name}: no frame can be decoded (codec {codec_name})")
+            hint = "; if it is an animated WebP, try GIF, APNG or MP4" if codec_name == "webp" else ""
+            raise VideoDecodingError(f"{self.name}: no frame can be decoded (codec {codec_name}{hint})")
         if last_seconds <= 0:
             last_seconds = float(np.median(np.diff(timestamps))) if len(timestamps) > 1 else frame_seconds
         self.timestamps = timestamps
@@ -150,7 +151,7 @@ class VideoDecoder:
         elif damage:
             logger.warning(
                 f"{self.name}: damaged or truncated, {len(timestamps)} frames ({self.duration_seconds:.2f} seconds) "
-                f"can be read, and {len(damage)} packets cannot ({damage[0]})"
+                f"can be read, packets in doubt: {len(damage)} ({damage[0]})"
             )
 
     def _scan_by_decoding(self, frame_seconds: float) -> tuple[np.ndarray, int, av.VideoFrame | None]:

@@ -30,16 +30,12 @@ from transformers.image_utils import (
     is_pil_image,
 )
 from transformers.processing_utils import Unpack
-from transformers.utils import logging
 from transformers.video_processing_utils import BaseVideoProcessor
 from transformers.video_utils import VideoMetadata
 
+from .video_arrays import frame_times, from_numpy, is_frames, num_dimensions, stack_frames
 from .video_decoding import VideoDecoder
 
-logger = logging.get_logger(__name__)
-
-# What transformers assumes for frames that come without times.
-DEFAULT_FRAMES_PER_SECOND = 24
 # A span that ends where a frame begins has that frame in its middle or not whatever the rounding of the times.
 TIME_TOLERANCE_SECONDS = 1e-6
 
@@ -219,9 +215,9 @@ class VJepaQwenVideoProcessor(BaseVideoProcessor):
             num_frames, fps = self.num_frames, self.fps
         if num_frames is not None and fps is not None:
             raise ValueError(f"num_frames ({num_frames}) and fps ({fps}) must not be given together; choose one")
-        if _is_frames(video):
+        if is_frames(video):
             frames = self._to_tensor(video, input_data_format)
-            times, duration_seconds = _frame_times(video_metadata, len(frames))
+            times, duration_seconds = frame_times(video_metadata, len(frames))
             height, width = frames.shape[-2:]
         else:
             decoder = VideoDecoder(video)
@@ -311,9 +307,9 @@ class VJepaQwenVideoProcessor(BaseVideoProcessor):
         if is_pil_image(video):
             video = [video]
         if isinstance(video, (list, tuple)):
-            video = _stack_frames(video)
+            video = stack_frames(video)
         elif not isinstance(video, torch.Tensor):
-            video = _from_numpy(video)
+            video = from_numpy(video)
         if video.ndim == 3:
             video = video[None]
         if len(video) == 0:
@@ -395,10 +391,14 @@ class VJepaQwenVideoProcessor(BaseVideoProcessor):
                 f"videos ({num_frames} frames) must have the same number of frames to be one tensor; pass "
                 "num_frames=, or return_tensors=None for a list"
             )
-        pixel_values = [torch.cat(list(video.windows())) for video in sampled]
+        # One window, or one video, is not copied again.
+        windows = [list(video.windows()) for video in sampled]
+        pixel_values = [torch.cat(parts) if len(parts) > 1 else parts[0] for parts in windows]
         if device is not None:
             pixel_values = [video.to(device) for video in pixel_values]
-        data = {"pixel_values_videos": pixel_values if return_tensors is None else torch.stack(pixel_values)}
+        if return_tensors is not None:
+            pixel_values = torch.stack(pixel_values) if len(pixel_values) > 1 else pixel_values[0][None]
+        data = {"pixel_values_videos": pixel_values}
         if return_metadata:
             data["video_metadata"] = [video.metadata for video in sampled]
         return BatchFeature(data, tensor_type=return_tensors, skip_tensor_conversion=["video_metadata"])
@@ -410,8 +410,8 @@ def flatten_videos(videos) -> list:
 
     A list of images or of arrays for one frame each is one video; an array with five dimensions is a batch.
     """
-    if _is_frames(videos):
-        return list(videos) if _num_dimensions(videos) == 5 else [videos]
+    if is_frames(videos):
+        return list(videos) if num_dimensions(videos) == 5 else [videos]
     if isinstance(videos, (list, tuple)):
         return [video for item in videos for video in flatten_videos(item)]
     return [videos]
@@ -431,36 +431,6 @@ def metadata_per_video(video_metadata, num_videos: int) -> list:
     return flat
 
 
-def _num_dimensions(item) -> int:
-    """Dimensions of an array or image; 0 for anything else."""
-    if isinstance(item, (np.ndarray, torch.Tensor)):
-        return item.ndim
-    return 3 if is_pil_image(item) else 0
-
-
-def _is_frames(video) -> bool:
-    """Whether this is a video (or a batch of them) in memory: an array, or a list of images."""
-    if isinstance(video, (list, tuple)):
-        return len(video) > 0 and all(_num_dimensions(frame) in (2, 3) for frame in video)
-    return _num_dimensions(video) > 0
-
-
-def _from_numpy(array) -> torch.Tensor:
-    # torch knows neither negative strides nor read-only memory.
-    return torch.from_numpy(np.require(array, requirements=["C", "W"]))
-
-
-def _stack_frames(frames: list) -> torch.Tensor:
-    """Images, or arrays of shape (height, width[, channels]) or (channels, height, width), to one tensor."""
-    frames = [np.asarray(frame.convert("RGB")) if is_pil_image(frame) else frame for frame in frames]
-    frames = [frame if isinstance(frame, torch.Tensor) else _from_numpy(frame) for frame in frames]
-    shapes = {tuple(frame.shape) for frame in frames}
-    if len(shapes) > 1:
-        raise ValueError(f"frames of a video ({sorted(shapes)}) must have one shape; resize them to one size")
-    video = torch.stack(frames)
-    return video[..., None] if video.ndim == 3 else video
-
-
 def _part(start_seconds: float | None, end_seconds: float | None, duration_seconds: float) -> tuple[float, float]:
     """Start and end of the part to look at, within the video."""
     start = 0.0 if start_seconds is None else start_seconds
@@ -473,42 +443,6 @@ def _part(start_seconds: float | None, end_seconds: float | None, duration_secon
     if not start < end:
         raise ValueError(f"end_seconds ({end_seconds}) must be greater than start_seconds ({start})")
     return start, end
-
-
-def _frame_times(video_metadata: VideoMetadata | dict | None, num_frames: int) -> tuple[np.ndarray, float]:
-    """Seconds at which each frame of an array is shown, and the length of the video in seconds."""
-    metadata = dict(video_metadata or {})
-    fps, duration_seconds = metadata.get("fps"), metadata.get("duration")
-    times, indices = metadata.get("timestamps"), metadata.get("frames_indices")
-    for name, value in (("fps", fps), ("duration", duration_seconds)):
-        if value is not None and not 0 < value < math.inf:
-            raise ValueError(f"{name} of video_metadata ({value}) must be greater than 0")
-    for name, values in (("timestamps", times), ("frames_indices", indices)):
-        if values is not None and len(values) != num_frames:
-            raise ValueError(
-                f"{name} of video_metadata ({len(values)}) must have one entry for each of the {num_frames} frames"
-            )
-    if times is None:
-        indices = np.arange(num_frames) if indices is None else np.asarray(indices)
-        total_num_frames = max(metadata.get("total_num_frames") or 0, int(indices[-1]) + 1)
-        if fps is None and duration_seconds is not None:
-            fps = total_num_frames / duration_seconds
-        if fps is None:
-            logger.warning_once(
-                f"A video given as frames has no times: {DEFAULT_FRAMES_PER_SECOND} frames per second are assumed. "
-                'Pass video_metadata={"fps": ...} for right event times.'
-            )
-            fps = DEFAULT_FRAMES_PER_SECOND
-        times, end_seconds = indices / fps, total_num_frames / fps
-    else:
-        times = np.asarray(times, dtype=np.float64)
-        last_seconds = np.median(np.diff(times)) if num_frames > 1 else 1 / (fps or DEFAULT_FRAMES_PER_SECOND)
-        end_seconds = times[-1] + last_seconds
-    if np.any(np.diff(times) < 0) or times[0] < 0:
-        raise ValueError("timestamps and frames_indices of video_metadata must be in ascending order, from 0 on")
-    if duration_seconds is not None and duration_seconds > times[-1]:
-        end_seconds = duration_seconds
-    return times, float(end_seconds)
 
 
 VJepaQwenVideoProcessor.register_for_auto_class()

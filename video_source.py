@@ -135,15 +135,20 @@ class _View(io.RawIOBase):
 
 
 def video_stream(container, name: str) -> av.VideoStream:
-    """The stream that plays: FFmpeg's choice, which is a cover picture only if there is nothing else."""
-    stream = container.streams.best("video")
-    if stream is None:
+    """The stream that plays: the largest of those marked as default, or else of all; never a cover picture."""
+    streams = container.streams.video
+    if not streams:
         other = "only audio" if container.streams.audio else "nothing to play"
         raise VideoDecodingError(f"{name}: has no video stream ({other})")
-    if stream.disposition & Disposition.attached_pic:
+    streams = [stream for stream in streams if not stream.disposition & Disposition.attached_pic]
+    if not streams:
         raise VideoDecodingError(f"{name}: has no video stream (only audio with a cover picture)")
-    if stream.codec_context is None:
+    streams = [stream for stream in streams if stream.codec_context is not None]
+    if not streams:
         raise VideoDecodingError(f"{name}: its video codec is not known to this build of FFmpeg")
+    stream = max(
+        streams, key=lambda stream: (bool(stream.disposition & Disposition.default), stream.height * stream.width)
+    )
     check_num_pixels(name, stream.height, stream.width)
     stream.codec_context.options = {"max_pixels": str(MAX_PIXELS)}
     stream.thread_type = "AUTO"
@@ -160,17 +165,26 @@ def check_num_pixels(name: str, height: int, width: int):
 
 def demux(container, stream: av.VideoStream, damage: list[str] | None = None) -> Iterator[av.Packet]:
     """
-    Packets in decoding order, up to the end or to where the file is damaged; none that was read only in part.
+    Packets in decoding order, up to the end or to where the file is damaged.
+
+    The last one is left out if it was read only in part. Others that FFmpeg doubts are decoded: where recordings of a
+    broadcast were joined nothing is missing.
 
     Args:
-        damage (`list[str]`, *optional*): Gets a word for each packet that was left out, and for a failure to go on.
+        damage (`list[str]`, *optional*): Gets a word for each packet in doubt, and for a failure to go on.
     """
-    damage = [] if damage is None else damage
+    damage, doubtful = [] if damage is None else damage, None
     try:
         for packet in container.demux(stream):
+            if packet.size == 0:
+                continue
+            if doubtful is not None:
+                yield doubtful
+                doubtful = None
             if packet.is_corrupt:
-                damage.append("a packet is incomplete")
-            elif packet.size > 0:
+                damage.append("incomplete")
+                doubtful = packet
+            else:
                 yield packet
     except av.FFmpegError as error:
         damage.append(error.strerror)

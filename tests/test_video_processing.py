@@ -340,7 +340,7 @@ def test_videos_of_different_length_are_no_tensor(video_processor, clip, tmp_pat
 def test_times_of_frames_come_from_the_metadata(video_processor, monkeypatch):
     """fps, indices of frames already chosen, explicit times; and the assumption where there is nothing."""
     warnings = []
-    monkeypatch.setattr("vjepa_qwen.video_processing_vjepa_qwen.logger.warning_once", warnings.append)
+    monkeypatch.setattr("vjepa_qwen.video_arrays.logger.warning_once", warnings.append)
     frames = frames_of_clip(8)
 
     def sample(**metadata):
