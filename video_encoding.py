@@ -124,6 +124,7 @@ def _read_batches(open_video, tower) -> Iterator[tuple[SampledVideo, torch.Float
         batch = torch.stack(batch)
         # Only from pinned memory does a copy to the device leave the host free.
         yield sampled, batch.pin_memory() if is_cuda else batch
+        del batch  # before the next one is decoded
 
 
 def _encode_video(tower, reader: _Reader, keep_frames, on_window) -> VideoFeatures | Exception:
