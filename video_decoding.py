@@ -338,6 +338,8 @@ class _GroupReader:
         codec, unsent, last_found = self._stream.codec_context, set(wanted), -1
         can_skip = _can_skip(codec)
         for packet in chain(packets, [None]):
+            if self._is_stopped:
+                return
             if packet is not None:
                 if can_skip:
                     codec.skip_frame = "DEFAULT" if packet.pts in unsent else "NONREF"
