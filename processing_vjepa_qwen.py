@@ -9,27 +9,21 @@ Events are cut here, so the processor needs features of the vision tower. They c
 * precomputed: `frame_features=...`, or a `VideoEvents` from `processor.segment` in the place of a video.
 """
 
-import json
-import os
 from dataclasses import dataclass
 
 import numpy as np
 import torch
-from safetensors import safe_open
 from transformers import AutoTokenizer, BatchFeature, PreTrainedConfig, VideosKwargs
 from transformers.processing_utils import ProcessingKwargs, ProcessorMixin
-from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cached_file, logging
+from transformers.utils import logging
 from transformers.video_utils import VideoMetadata
 
-from .configuration_vjepa_qwen import VJepaQwenConfig
 from .event_segmentation import EventSegmenter, count_events
-from .interrupted_downloads import explain_interrupted_download
 from .modeling_vjepa_qwen import VJepaQwenVisionTower
 from .video_processing_vjepa_qwen import SampledVideo, VJepaQwenVideoProcessor, flatten_videos, metadata_per_video
+from .vision_tower_access import find_adapted_layers, load_vision_tower, without_adapters
 
 logger = logging.get_logger(__name__)
-
-TOWER_PREFIX = "model.vision_tower."
 
 
 @dataclass(frozen=True)
@@ -100,9 +94,17 @@ class _EncodedVideo:
     """One video on its way to the model: always the spans, and the frames or the features or both."""
 
     frame_event_ids: torch.LongTensor
-    frame_features: torch.FloatTensor
+    frame_features: torch.FloatTensor | None
     pixel_values: torch.FloatTensor | None = None
     metadata: VideoMetadata | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class _CutVideo:
+    """A video whose spans are known: its frames are needed, and no tower."""
+
+    video: object
+    frame_event_ids: torch.LongTensor
 
 
 class VJepaQwenProcessor(ProcessorMixin):
@@ -117,6 +119,9 @@ class VJepaQwenProcessor(ProcessorMixin):
             Parameters of [`EventSegmenter`], saved with the processor. Defaults to the class's.
         video_token (`str`, *optional*, defaults to `"<|video_pad|>"`):
             The placeholder in the text, one for each video in the prompt and one for each event in `input_ids`.
+        event_tower (`str`, *optional*, defaults to `"adapted"`):
+            Which features a video is cut by when the bound tower carries a LoRA: `"adapted"`, those it encodes with,
+            or `"base"`, those without the LoRA. Training stores its rule here, so that inference cuts as it did.
     """
 
     valid_processor_kwargs = VJepaQwenProcessorKwargs
@@ -129,7 +134,11 @@ class VJepaQwenProcessor(ProcessorMixin):
         chat_template=None,
         event_segmentation: dict | None = None,
         video_token: str = "<|video_pad|>",
+        event_tower: str = "adapted",
     ):
+        if event_tower not in ("adapted", "base"):
+            raise ValueError(f"event_tower ({event_tower!r}) must be 'adapted' or 'base'")
+        self.event_tower = event_tower
         self.segmenter = EventSegmenter(**(event_segmentation or {}))
         self.event_segmentation = event_segmentation or {}
         self.video_token = video_token
@@ -218,7 +227,7 @@ class VJepaQwenProcessor(ProcessorMixin):
                     "This processor was made from parts and has no vision tower to find events with: call "
                     "`processor.bind(model)`, load it with `from_pretrained`, or pass `frame_features=`"
                 )
-            self._set_vision_tower(_load_vision_tower(*self._checkpoint))
+            self._set_vision_tower(load_vision_tower(*self._checkpoint))
         return self._vision_tower
 
     @torch.no_grad()
@@ -235,6 +244,14 @@ class VJepaQwenProcessor(ProcessorMixin):
         features = tower(window.unsqueeze(0).to(device)).pooler_output[0].float().cpu()
         tower.train(was_training)
         return features
+
+    def _encode_for_spans(self, sampled: SampledVideo, features: torch.FloatTensor) -> torch.FloatTensor:
+        """The features that the video is cut by: `features`, or by the rule "base" those without an adapter."""
+        adapted = find_adapted_layers(self._get_vision_tower()) if self.event_tower == "base" else []
+        if not adapted:
+            return features
+        with without_adapters(adapted):
+            return torch.cat([self._encode_window(window) for window in sampled.windows()])
 
     def segment(self, videos, *, num_frames: int | None = None, fps: float | None = None, video_metadata=None):
         """
@@ -257,15 +274,17 @@ class VJepaQwenProcessor(ProcessorMixin):
         for video, metadata in zip(videos, metadata_per_video(video_metadata, len(videos)), strict=True):
             sampled = self.video_processor.sample(video, num_frames=num_frames, fps=fps, video_metadata=metadata)
             features = torch.cat([self._encode_window(window) for window in sampled.windows()])
-            results.append(self._cut(features, sampled))
+            results.append(self._cut(features, sampled, self._encode_for_spans(sampled, features)))
         return results
 
     def _segment_features(self, frame_features):
         steps_per_window = self.video_processor.frames_per_clip // self.video_processor.tubelet_size
         return self.segmenter(frame_features, steps_per_window=steps_per_window)
 
-    def _cut(self, frame_features: torch.FloatTensor, sampled: SampledVideo) -> VideoEvents:
-        segmentation = self._segment_features(frame_features)
+    def _cut(
+        self, frame_features: torch.FloatTensor, sampled: SampledVideo, span_features: torch.FloatTensor
+    ) -> VideoEvents:
+        segmentation = self._segment_features(span_features)
         first_steps = np.concatenate([[0], segmentation.boundaries])
         starts = sampled.timestamps[first_steps * self.video_processor.tubelet_size]
         starts[0] = 0.0  # the first frame that is sampled is not the first that is shown
@@ -293,6 +312,12 @@ class VJepaQwenProcessor(ProcessorMixin):
             videos = self._precomputed_videos(frame_features, frame_event_ids)
         elif videos is not None:
             videos = flatten_videos(videos)
+            if frame_event_ids is not None:  # the frames are wanted, cut by spans that are known
+                if len(frame_event_ids) != len(videos):
+                    raise ValueError(
+                        f"frame_event_ids ({len(frame_event_ids)}) must be one for each of the {len(videos)} videos"
+                    )
+                videos = [_CutVideo(v, torch.as_tensor(ids)) for v, ids in zip(videos, frame_event_ids, strict=True)]
         return super().prepare_inputs_layout(images=images, text=text, videos=videos, audio=audio, **kwargs)
 
     def _precomputed_videos(self, frame_features, frame_event_ids) -> list[_EncodedVideo]:
@@ -357,7 +382,8 @@ class VJepaQwenProcessor(ProcessorMixin):
         ]
         has_all_frames = all(video.pixel_values is not None for video in encoded)
         if return_frame_features is None:
-            return_frame_features = self._is_bound or not has_all_frames
+            is_cut = any(video.frame_features is None for video in encoded)
+            return_frame_features = not is_cut and (self._is_bound or not has_all_frames)
         if not return_frame_features and not has_all_frames:
             raise ValueError(
                 "return_frame_features (False) must be True or left out here: a video given as features has no frames "
@@ -381,6 +407,8 @@ class VJepaQwenProcessor(ProcessorMixin):
         # By name, as in `bind`: another copy of this module may have made it.
         if type(video).__name__ == VideoEvents.__name__:
             return _EncodedVideo(video.frame_event_ids, video.frame_features)
+        if isinstance(video, _CutVideo):
+            return self._read_cut_video(video, **sampling_kwargs)
         sampled = self.video_processor.sample(video, **sampling_kwargs)
         keep_frames = sampled.num_frames <= self.video_processor.frames_per_clip
         if not keep_frames and not self._is_bound:
@@ -395,8 +423,21 @@ class VJepaQwenProcessor(ProcessorMixin):
             if keep_frames:
                 frames.append(window)
         features = torch.cat(features)
-        event_ids = torch.from_numpy(self._segment_features(features).frame_event_ids)
+        span_features = self._encode_for_spans(sampled, features)
+        event_ids = torch.from_numpy(self._segment_features(span_features).frame_event_ids)
         return _EncodedVideo(event_ids, features, torch.cat(frames) if keep_frames else None, sampled.metadata)
+
+    def _read_cut_video(self, cut: _CutVideo, **sampling_kwargs) -> _EncodedVideo:
+        sampled = self.video_processor.sample(cut.video, **sampling_kwargs)
+        num_steps = sampled.num_frames // self.video_processor.tubelet_size
+        if num_steps != len(cut.frame_event_ids) or sampled.num_frames > self.video_processor.frames_per_clip:
+            raise ValueError(
+                f"frame_event_ids ({len(cut.frame_event_ids)} steps) must have one id for each of the {num_steps} "
+                "steps of the video, and the video one window of the tower at most "
+                f"({self.video_processor.frames_per_clip} frames, not {sampled.num_frames}); "
+                "pass num_frames= to look at fewer"
+            )
+        return _EncodedVideo(cut.frame_event_ids, None, torch.cat(list(sampled.windows())), sampled.metadata)
 
     def replace_video_token(self, video_inputs: dict, video_idx: int, **kwargs) -> str:
         return self.video_token * count_events(video_inputs["frame_event_ids"][video_idx : video_idx + 1])[0]
@@ -420,37 +461,6 @@ class VJepaQwenProcessor(ProcessorMixin):
 def _pad(tensors: list[torch.Tensor], padding_value: int = 0) -> torch.Tensor:
     """Stacks tensors of different length; what pads a video is marked by -1 in `frame_event_ids` and never encoded."""
     return torch.nn.utils.rnn.pad_sequence(tensors, batch_first=True, padding_value=padding_value)
-
-
-def _load_vision_tower(checkpoint: str | os.PathLike, download_kwargs: dict) -> VJepaQwenVisionTower:
-    """Reads the tower, and nothing else, from a checkpoint: only the files that hold its tensors are fetched."""
-    config = VJepaQwenConfig.from_pretrained(checkpoint, **download_kwargs)
-    index_file = cached_file(
-        checkpoint, SAFE_WEIGHTS_INDEX_NAME, _raise_exceptions_for_missing_entries=False, **download_kwargs
-    )
-    if index_file is None:
-        file_names = {SAFE_WEIGHTS_NAME}
-    else:
-        with open(index_file, encoding="utf-8") as file:
-            weight_map = json.load(file)["weight_map"]
-        file_names = {file_name for name, file_name in weight_map.items() if name.startswith(TOWER_PREFIX)}
-    state_dict = {}
-    for file_name in sorted(file_names):
-        with explain_interrupted_download(checkpoint, **download_kwargs):
-            path = cached_file(checkpoint, file_name, **download_kwargs)
-        with safe_open(path, framework="pt") as tensors:
-            for name in tensors.keys():
-                if name.startswith(TOWER_PREFIX):
-                    state_dict[name.removeprefix(TOWER_PREFIX)] = tensors.get_tensor(name)
-    if not state_dict:
-        raise ValueError(
-            f"checkpoint ({checkpoint}) must hold the vision tower ({TOWER_PREFIX}*) in safetensors files; save the "
-            "model with `save_pretrained` into the processor's folder, or call `processor.bind(model)`"
-        )
-    tower = VJepaQwenVisionTower._from_config(config.vision_config)
-    tower.load_state_dict(state_dict, strict=True, assign=True)
-    device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else "cpu"
-    return tower.to(device).eval()
 
 
 VJepaQwenProcessor.register_for_auto_class()
