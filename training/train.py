@@ -87,7 +87,7 @@ class VJepaQwenTrainingArguments(TrainingArguments):
     bf16: bool | None = field(default=None, metadata={"help": "Mixed precision; by default where the device can."})
     logging_steps: float = 10
     report_to: str | None = "tensorboard"
-    eval_strategy: str = "epoch"
+    eval_strategy: str | None = field(default=None, metadata={"help": "When to evaluate; by default as saved."})
     save_strategy: str = "epoch"
     save_total_limit: int | None = 2
     load_best_model_at_end: bool | None = True
@@ -102,6 +102,10 @@ class VJepaQwenTrainingArguments(TrainingArguments):
     def __post_init__(self):
         if self.bf16 is None:
             self.bf16 = not self.fp16 and is_torch_bf16_gpu_available()
+        if self.eval_strategy is None:  # the best checkpoint can only be told from those that are saved
+            self.eval_strategy = self.save_strategy
+            self.eval_steps = self.save_steps if self.eval_steps is None else self.eval_steps
+        self.load_best_model_at_end = self.load_best_model_at_end and self.eval_strategy != "no"
         super().__post_init__()
 
 
