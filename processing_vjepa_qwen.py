@@ -388,7 +388,7 @@ class VJepaQwenProcessor(ProcessorMixin):
             raise ValueError(
                 "return_frame_features (False) must be True or left out here: a video given as features has no frames "
                 f"to return, and one longer than a window ({self.video_processor.frames_per_clip} frames) is encoded "
-                "window by window so that its frames need not fit into memory"
+                "window by window so that its frames need not fit into memory; num_frames= looks at fewer"
             )
         frame_event_ids = _pad([video.frame_event_ids for video in encoded], padding_value=-1)
         data = {"frame_event_ids": frame_event_ids}

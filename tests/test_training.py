@@ -290,6 +290,15 @@ def test_a_cache_is_refused_where_the_spans_move(run, cache):
         run("--stage", "lora", "--feature_cache", cache)
 
 
+def test_the_tower_is_trained_on_one_window_of_each_video(run, cache, tmp_path):
+    with pytest.raises(ValueError, match="one longer than a window .* num_frames= looks at fewer"):
+        run("--stage", "lora", "--num_frames", "32", "--max_steps", "1")
+    run("--stage", "lora", "--num_frames", "8", "--max_steps", "1")
+    assert VJepaQwenProcessor.from_pretrained(tmp_path / "out").video_processor.num_frames == 8
+    with pytest.raises(ValueError, match="is stale: video_processor changed"):
+        run("--num_frames", "32", "--feature_cache", cache)
+
+
 def test_tensorboard_gets_the_figures(run, tmp_path):
     run("--report_to", "tensorboard", "--max_steps", "1")
     assert list((tmp_path / "out").glob("runs/*/events.out.tfevents.*"))

@@ -189,11 +189,14 @@ def main(argv: list[str] | None = None):
     parser.add_argument("--split", default="train", help="split of the data set")
     parser.add_argument("--model", default=TOY_CHECKPOINT, help="repository or folder; without it, the toy")
     parser.add_argument("--revision", default="main", help="branch, tag or commit of the repository")
+    parser.add_argument("--num-frames", type=int, help="frames to look at in each video; by default it depends on it")
     parser.add_argument("--skip-bad-samples", action="store_true", help="go on without missing and unreadable videos")
     arguments = parser.parse_args(argv)
     samples = load_samples(arguments.data, split=arguments.split, skip_bad_samples=arguments.skip_bad_samples)
     PartialState()  # before the tower is loaded: it chooses the device of this process
     processor = VJepaQwenProcessor.from_pretrained(arguments.model, revision=arguments.revision)
+    if arguments.num_frames is not None:
+        processor.video_processor.num_frames = arguments.num_frames
     encode(samples, arguments.out, processor)
 
 

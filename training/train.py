@@ -53,6 +53,13 @@ class VJepaQwenArguments:
     prompt: str = field(default=DEFAULT_PROMPT, metadata={"help": "Question of samples without one of their own."})
     skip_bad_samples: bool = field(default=False, metadata={"help": "Go on without missing and unreadable videos."})
     feature_cache: str | None = field(default=None, metadata={"help": "Folder that `vjepa-qwen encode` has written."})
+    num_frames: int | None = field(
+        default=None,
+        metadata={
+            "help": "Frames to look at in each video, stored in the processor; the feature cache must have as many. "
+            "--stage lora needs one window of the tower at most."
+        },
+    )
     max_length: int | None = field(default=None, metadata={"help": "Longest sample in tokens; longer is an error."})
     skip_too_long: bool = field(default=False, metadata={"help": "Leave longer samples out, and say how many."})
     lora_r: int = field(default=16, metadata={"help": "Rank of the adapters."})
@@ -239,6 +246,8 @@ def train(arguments: VJepaQwenArguments, training_arguments: VJepaQwenTrainingAr
         arguments.model, revision=arguments.revision, dtype=arguments.dtype
     )
     processor.bind(model)
+    if arguments.num_frames is not None:
+        processor.video_processor.num_frames = arguments.num_frames
     if spans_only:
         processor.event_tower = arguments.event_tower
     collator = VJepaQwenDataCollator(
