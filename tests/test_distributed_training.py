@@ -78,7 +78,12 @@ def cache(tmp_path_factory, launch, folder):
 
 @pytest.fixture(scope="module")
 def train(tmp_path_factory, launch, folder, cache):
-    """`train(config, stage)`: losses of the steps, and the output folder."""
+    """
+    `train(config, stage)`: losses of the steps, and the output folder.
+
+    With plain gradient descent: Adam makes steps of one size out of gradients that are nearly zero, whichever sign
+    rounding gives them.
+    """
     results = {}
 
     def train(config, stage, *more):
@@ -87,7 +92,9 @@ def train(tmp_path_factory, launch, folder, cache):
             options = ["--dataset", folder, "--feature_cache", cache, "--stage", stage, "--event_tower", "base"]
             options += ["--output_dir", out, "--per_device_train_batch_size", 2 if config is None else 1]
             options += ["--gradient_accumulation_steps", 1, "--num_train_epochs", 2, "--learning_rate", 0.01]
-            options += ["--logging_steps", 1, "--report_to", "none", "--use_cpu", "true", *more]
+            options += ["--logging_steps", 1, "--report_to", "none", "--use_cpu", "true"]
+            options += ["--optim", "sgd"] if "--optim" not in more else []
+            options += more
             launch(config, "train", *map(str, options))
             log = json.loads((out / "trainer_state.json").read_text())["log_history"]
             results[config, stage, more] = [entry["loss"] for entry in log if "loss" in entry], out
@@ -108,8 +115,7 @@ def test_two_processes_train_as_one(train, tiny_checkpoint, config, stage):
         first, second = load_file(one / name), load_file(two / name)
         assert first.keys() == second.keys()
         for key in first:
-            # Adam makes steps of one size out of gradients that are nearly zero, whichever sign rounding gives them.
-            assert (second[key] - first[key]).norm() < 1e-2 * first[key].norm().clamp(min=0.1), key
+            torch.testing.assert_close(second[key], first[key], rtol=TOLERANCE, atol=TOLERANCE)
     # In one process, this one, without a launcher.
     model = load_trained(VJepaQwenForConditionalGeneration.from_pretrained(tiny_checkpoint), str(two))
     for name, tensor in load_file(two / "projector.safetensors").items():
@@ -120,10 +126,11 @@ def test_two_processes_train_as_one(train, tiny_checkpoint, config, stage):
 
 @pytest.mark.slow
 def test_two_processes_resume_as_they_went_on(train):
-    wanted, whole = train("fsdp2", "lora")
+    adam = ["--optim", "adamw_torch"]
+    wanted, whole = train("fsdp2", "lora", *adam)
     checkpoint = sorted(whole.glob("checkpoint-*"), key=lambda path: int(path.name.split("-")[1]))[0]
     assert not list(checkpoint.glob("pytorch_model*")), "the frozen model must not be saved"
-    losses, resumed = train("fsdp2", "lora", "--resume_from_checkpoint", checkpoint)
+    losses, resumed = train("fsdp2", "lora", *adam, "--resume_from_checkpoint", checkpoint)
     assert losses == wanted
     for name in ("projector.safetensors", "adapter_model.safetensors"):
         first, second = load_file(whole / name), load_file(resumed / name)
