@@ -6,7 +6,7 @@ commands, so that `--help` answers at once.
 
 import json
 import os
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from enum import Enum
 from typing import Annotated
 
@@ -53,6 +53,10 @@ NumFrames = Annotated[
     int | None, typer.Option(help="Frames to look at in each video: even, whole windows beyond the first.", min=1)
 ]
 Fps = Annotated[float | None, typer.Option(help="Frames per second to look at, instead.", min=0.001)]
+Start = Annotated[
+    float | None, typer.Option("--start", help="Seconds at which to begin to look at each video.", min=0.0)
+]
+End = Annotated[float | None, typer.Option("--end", help="Seconds at which to stop.", min=0.0)]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document instead of tables.")]
 
 
@@ -72,6 +76,8 @@ def describe(
     max_new_tokens: Annotated[int, typer.Option(help="Longest answer, in tokens.", min=1)] = 256,
     num_frames: NumFrames = None,
     fps: Fps = None,
+    start: Start = None,
+    end: End = None,
     device: Annotated[
         str | None, typer.Option(help="cpu, cuda, cuda:1, mps, ...; without it, the accelerators if there are any.")
     ] = None,
@@ -85,8 +91,7 @@ def describe(
         language_model = _load_model(model, revision, device, dtype)
     processor.bind(language_model)
 
-    def describe_one(video: str) -> dict:
-        result, video_events = _segment(processor, video, num_frames, fps)
+    def describe_events(video_events) -> dict:
         content = [{"type": "video", "video": video_events}, {"type": "text", "text": prompt}]
         inputs = processor.apply_chat_template(
             [{"role": "user", "content": content}],
@@ -98,9 +103,10 @@ def describe(
         tokens = language_model.generate(**inputs, max_new_tokens=max_new_tokens)[0, inputs["input_ids"].shape[1] :]
         text = processor.decode(tokens, skip_special_tokens=True)
         # A model that thinks although it was told not to.
-        return {**result, "text": text.split("</think>")[-1].strip()}
+        return {"text": text.split("</think>")[-1].strip()}
 
-    _run(videos, describe_one, as_json)
+    options = {"num_frames": num_frames, "fps": fps, "start_seconds": start, "end_seconds": end}
+    _run(videos, processor, options, describe_events, as_json)
 
 
 @app.command()
@@ -110,12 +116,16 @@ def segment(
     revision: Revision = "main",
     num_frames: NumFrames = None,
     fps: Fps = None,
+    start: Start = None,
+    end: End = None,
+    dtype: Annotated[Dtype, typer.Option(help="Of the vision tower; auto is as it is saved.")] = Dtype.auto,
     as_json: Json = False,
 ):
     """Find the events of videos. Only the vision tower is loaded, no language model."""
     _start(model)
-    processor = _load_processor(model, revision)
-    _run(videos, lambda video: _segment(processor, video, num_frames, fps)[0], as_json)
+    processor = _load_processor(model, revision, dtype)
+    options = {"num_frames": num_frames, "fps": fps, "start_seconds": start, "end_seconds": end}
+    _run(videos, processor, options, lambda video_events: {}, as_json)
 
 
 # The options of these commands are defined where they are used; `--help` goes there too.
@@ -186,15 +196,16 @@ def _start(model: str):
         _print_as_it_is(messages, note, style="dim")
 
 
-def _load_processor(model: str, revision: str):
+def _load_processor(model: str, revision: str, dtype: Dtype = Dtype.auto):
     with messages.status("Loading the processor"), _one_line_errors(f"--model {model}", *LOADING_ERRORS):
         if model == TOY_CHECKPOINT:
             from .processing_vjepa_qwen import VJepaQwenProcessor
 
-            return VJepaQwenProcessor.from_pretrained(model)
+            return VJepaQwenProcessor.from_pretrained(model, dtype=dtype.value)
         from transformers import AutoProcessor
 
-        return AutoProcessor.from_pretrained(model, revision=revision, trust_remote_code=True)
+        options = {"revision": revision, "dtype": dtype.value, "trust_remote_code": True}
+        return AutoProcessor.from_pretrained(model, **options)
 
 
 def _load_model(model: str, revision: str, device: str | None, dtype: Dtype):
@@ -218,23 +229,11 @@ def _load_model(model: str, revision: str, device: str | None, dtype: Dtype):
         return AutoModel.from_pretrained(model, revision=revision, trust_remote_code=True, **options).eval()
 
 
-def _segment(processor, video: str, num_frames: int | None, fps: float | None):
-    video_events = processor.segment(video, num_frames=num_frames, fps=fps)[0]
-    result = {
-        "video": video,
-        "duration_seconds": video_events.duration_seconds,
-        "num_frames": len(video_events.timestamps),
-        "num_video_tokens": video_events.num_events,
-        "events": [
-            {"start_seconds": event.start_seconds, "end_seconds": event.end_seconds, "score": event.score}
-            for event in video_events.events
-        ],
-    }
-    return result, video_events
-
-
-def _run(videos: list[str], process, as_json: bool):
-    """Processes one video after the other; a bad one costs only itself. Exits with 1 when there was one."""
+def _run(videos: list[str], processor, options: dict, process, as_json: bool):
+    """
+    Segments all videos, decoding the next ones meanwhile, and adds to each what `process` makes of its events. A bad
+    video costs only itself. Exits with 1 when there was one.
+    """
     results = []
     progress = Progress(
         SpinnerColumn(),
@@ -247,25 +246,52 @@ def _run(videos: list[str], process, as_json: bool):
         disable=not messages.is_terminal,  # it would leave blank lines in a log
     )
     with progress:
-        task = progress.add_task("", total=len(videos))
-        for video in videos:
-            progress.update(task, description=os.path.basename(video))
-            try:
-                result = process(video)
-            except ValueError as error:  # VideoDecodingError, and options that do not fit the model
-                reason = _one_line(error).removeprefix(f"{video}: ")
-                result = {"video": video, "error": reason}
-                _print_as_it_is(messages, f"{video}: {reason}", style="red")
-            results.append(result)
-            progress.advance(task)
-            if not as_json and "error" not in result:
-                progress.stop()  # both streams may be the same terminal
-                _print_result(result)
-                progress.start()
+        task = progress.add_task(os.path.basename(videos[0]), total=len(videos))
+
+        def show_progress(index: int, num_windows_done: int, num_windows: int):
+            progress.update(task, completed=index + num_windows_done / num_windows)
+
+        segmented = processor.iter_segment(videos, **options, return_exceptions=True, on_window=show_progress)
+        with closing(segmented), _one_line_errors("vision tower", *LOADING_ERRORS):
+            for index, (video, video_events) in enumerate(zip(videos, segmented, strict=True)):
+                result = _as_json(video, video_events, process)
+                results.append(result)
+                if "error" in result:
+                    _print_as_it_is(messages, f"{video}: {result['error']}", style="red")
+                elif not as_json:
+                    progress.stop()  # both streams may be the same terminal
+                    _print_result(result)
+                    progress.start()
+                following = os.path.basename(videos[min(index + 1, len(videos) - 1)])
+                progress.update(task, completed=index + 1, description=following)
     if as_json:
         typer.echo(json.dumps(results, indent=2, ensure_ascii=False))
     if any("error" in result for result in results):
         raise typer.Exit(1)
+
+
+def _as_json(video: str, video_events, process) -> dict:
+    if not isinstance(video_events, Exception):
+        try:
+            more = process(video_events)
+        except ValueError as error:  # such as a prompt that does not fit the model
+            video_events = error
+    if isinstance(video_events, Exception):
+        reason = _one_line(video_events).removeprefix(f"{video}: ")
+        if not isinstance(video_events, (ValueError, OSError)):  # those explain themselves
+            reason = f"{type(video_events).__name__}: {reason}"
+        return {"video": video, "error": reason}
+    return {
+        "video": video,
+        "duration_seconds": video_events.duration_seconds,
+        "num_frames": len(video_events.timestamps),
+        "num_video_tokens": video_events.num_events,
+        "events": [
+            {"start_seconds": event.start_seconds, "end_seconds": event.end_seconds, "score": event.score}
+            for event in video_events.events
+        ],
+        **more,
+    }
 
 
 def _print_result(result: dict):

@@ -29,6 +29,7 @@ from .configuration_vjepa_qwen import VJepaQwenConfig
 from .event_segmentation import count_events
 from .interrupted_downloads import explain_interrupted_download
 from .linked_checkpoint import LinkedCheckpointMixin
+from .tower_layers import TOWER_ATTENTION, PatchConvolution, RotaryAttention
 
 
 @dataclass
@@ -68,13 +69,24 @@ class VJepaQwenCausalLMOutputWithPast(ModelOutput):
 class VJepaQwenVisionTower(VJEPA2PreTrainedModel):
     """transformers' V-JEPA 2 encoder without the predictor, which costs half as much again and is not needed here.
 
-    Parameter names are those of `VJEPA2Model` (`encoder.layer.N...`), so its checkpoints and adapters fit.
+    Parameter names are those of `VJEPA2Model` (`encoder.layer.N...`), so its checkpoints and adapters fit. Patches,
+    rotary angles and, unless `attn_implementation` names another one, the attention function are those of
+    `tower_layers.py`.
     """
 
     def __init__(self, config):
         super().__init__(config)
         self.encoder = VJEPA2Encoder(config)
+        patch_shape = (config.tubelet_size, config.patch_size, config.patch_size)
+        self.encoder.embeddings.patch_embeddings.proj = PatchConvolution(
+            config.in_chans, config.hidden_size, kernel_size=patch_shape, stride=patch_shape
+        )
+        for layer in self.encoder.layer:
+            layer.attention = RotaryAttention(config, config.hidden_size, config.num_attention_heads)
         self.post_init()
+
+    def get_correct_attn_implementation(self, requested_attention: str | None, is_init_check: bool = False) -> str:
+        return super().get_correct_attn_implementation(requested_attention or TOWER_ATTENTION, is_init_check)
 
     def get_input_embeddings(self) -> nn.Module:
         return self.encoder.embeddings.patch_embeddings

@@ -9,7 +9,10 @@ Events are cut here, so the processor needs features of the vision tower. They c
 * precomputed: `frame_features=...`, or a `VideoEvents` from `processor.segment` in the place of a video.
 """
 
+from collections.abc import Callable, Iterator
+from contextlib import closing
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import torch
@@ -20,10 +23,14 @@ from transformers.video_utils import VideoMetadata
 
 from .event_segmentation import EventSegmenter, count_events
 from .modeling_vjepa_qwen import VJepaQwenVisionTower
+from .video_encoding import encode_videos, load_vision_tower
 from .video_processing_vjepa_qwen import SampledVideo, VJepaQwenVideoProcessor, flatten_videos, metadata_per_video
-from .vision_tower_access import find_adapted_layers, load_vision_tower, without_adapters
+from .vision_tower_access import find_adapted_layers, without_adapters
 
 logger = logging.get_logger(__name__)
+
+# Of a call, passed on to `VJepaQwenVideoProcessor.sample`.
+SAMPLING_OPTIONS = ("num_frames", "fps", "start_seconds", "end_seconds", "do_sample_frames", "input_data_format")
 
 
 @dataclass(frozen=True)
@@ -77,9 +84,13 @@ class VJepaQwenVideosKwargs(VideosKwargs, total=False):
     """
     return_frame_features (`bool`, *optional*):
         Whether to return the tower's features (`True`) or the frames (`False`), against the processor's own choice.
+    start_seconds, end_seconds (`float`, *optional*):
+        The part of the video to look at; the whole by default.
     """
 
     return_frame_features: bool | None
+    start_seconds: float | None
+    end_seconds: float | None
 
 
 class VJepaQwenProcessorKwargs(ProcessingKwargs, total=False):
@@ -154,13 +165,21 @@ class VJepaQwenProcessor(ProcessorMixin):
         super().__init__(video_processor, tokenizer, chat_template=chat_template or tokenizer.chat_template)
 
     @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path, **kwargs):
-        """As every processor. The place is remembered: the vision tower is read from there when it is first needed."""
+    def from_pretrained(cls, pretrained_model_name_or_path, *, dtype: str | torch.dtype = "auto", **kwargs):
+        """
+        As every processor. The place is remembered: the vision tower is read from there when it is first needed.
+
+        Args:
+            dtype (`str` or `torch.dtype`, *optional*, defaults to `"auto"`):
+                What that tower computes in. `"auto"` is the dtype of the checkpoint, as for models, but float32 where
+                the hardware has no bfloat16.
+        """
         processor = super().from_pretrained(pretrained_model_name_or_path, **kwargs)
         names = ("cache_dir", "force_download", "local_files_only", "token", "revision", "subfolder")
         processor._checkpoint = (
             pretrained_model_name_or_path,
             {name: kwargs[name] for name in names if kwargs.get(name) is not None},
+            dtype,
         )
         return processor
 
@@ -230,38 +249,30 @@ class VJepaQwenProcessor(ProcessorMixin):
             self._set_vision_tower(load_vision_tower(*self._checkpoint))
         return self._vision_tower
 
-    @torch.no_grad()
-    def _encode_window(self, window: torch.FloatTensor) -> torch.FloatTensor:
-        """One window `(num_frames, 3, height, width)` to features `(num_steps, hidden)`, float32 on the CPU.
-
-        Windows go through one at a time: a result must not depend, not even in its last bit, on what stands beside it.
+    def segment(
+        self,
+        videos,
+        *,
+        num_frames: int | None = None,
+        fps: float | None = None,
+        start_seconds: float | None = None,
+        end_seconds: float | None = None,
+        video_metadata=None,
+        return_exceptions: bool = False,
+    ) -> list["VideoEvents | Exception"]:
         """
-        tower = self._get_vision_tower()
-        was_training = tower.training
-        tower.eval()
-        # Parameters that accelerate has offloaded are on "meta"; its hooks move the input themselves.
-        device = tower.device if tower.device.type != "meta" else window.device
-        features = tower(window.unsqueeze(0).to(device)).pooler_output[0].float().cpu()
-        tower.train(was_training)
-        return features
-
-    def _encode_for_spans(self, sampled: SampledVideo, features: torch.FloatTensor) -> torch.FloatTensor:
-        """The features that the video is cut by: `features`, or by the rule "base" those without an adapter."""
-        adapted = find_adapted_layers(self._get_vision_tower()) if self.event_tower == "base" else []
-        if not adapted:
-            return features
-        with without_adapters(adapted):
-            return torch.cat([self._encode_window(window) for window in sampled.windows()])
-
-    def segment(self, videos, *, num_frames: int | None = None, fps: float | None = None, video_metadata=None):
-        """
-        Finds the events of videos, without any language model.
+        Finds the events of videos, without any language model. The videos are decoded side by side, and each while the
+        tower is at work; what comes out is the same as for each alone.
 
         Args:
             videos: A video or a list of them: path, URL, bytes, file object, frames as array or list of images.
             num_frames (`int`, *optional*): Frames to look at, see [`VJepaQwenVideoProcessor.sample`].
             fps (`float`, *optional*): Frames per second to look at, instead.
+            start_seconds, end_seconds (`float`, *optional*): The part to look at; the whole video by default.
             video_metadata (*optional*): Of videos given as frames, see [`VJepaQwenVideoProcessor.sample`].
+            return_exceptions (`bool`, *optional*, defaults to `False`):
+                Whether a video that cannot be read leaves its exception in the list, as in `asyncio.gather`, and does
+                not end the call.
 
         Returns:
             `list[VideoEvents]`: One for each video, in order.
@@ -269,26 +280,97 @@ class VJepaQwenProcessor(ProcessorMixin):
         Raises:
             ValueError: for what is no readable video; the error names it.
         """
+        return list(
+            self.iter_segment(
+                videos,
+                num_frames=num_frames,
+                fps=fps,
+                start_seconds=start_seconds,
+                end_seconds=end_seconds,
+                video_metadata=video_metadata,
+                return_exceptions=return_exceptions,
+            )
+        )
+
+    def iter_segment(
+        self,
+        videos,
+        *,
+        num_frames: int | None = None,
+        fps: float | None = None,
+        start_seconds: float | None = None,
+        end_seconds: float | None = None,
+        video_metadata=None,
+        return_exceptions: bool = False,
+        on_window: Callable[[int, int, int], None] | None = None,
+    ) -> Iterator["VideoEvents | Exception"]:
+        """
+        As [`~VJepaQwenProcessor.segment`], one video after the other: for more videos than their features fit into
+        memory, or to use the first while the next are decoded.
+
+        Args:
+            on_window (callable, *optional*):
+                For a progress bar: `on_window(video_index, num_windows_done, num_windows)` after each step of a video.
+
+        Yields:
+            `VideoEvents`, in order.
+        """
         videos = flatten_videos(videos)
-        results = []
-        for video, metadata in zip(videos, metadata_per_video(video_metadata, len(videos)), strict=True):
-            sampled = self.video_processor.sample(video, num_frames=num_frames, fps=fps, video_metadata=metadata)
-            features = torch.cat([self._encode_window(window) for window in sampled.windows()])
-            results.append(self._cut(features, sampled, self._encode_for_spans(sampled, features)))
-        return results
+        options = {"num_frames": num_frames, "fps": fps, "start_seconds": start_seconds, "end_seconds": end_seconds}
+        encoded_videos = self._encode_videos(videos, video_metadata, options, on_window=on_window)
+        with closing(encoded_videos):
+            for encoded in encoded_videos:
+                if not isinstance(encoded, Exception):
+                    yield self._cut(
+                        encoded.frame_features,
+                        encoded.sampled,
+                        start_seconds,
+                        end_seconds,
+                        self._encode_for_spans(encoded),
+                    )
+                elif return_exceptions:
+                    yield encoded
+                else:
+                    raise encoded
+
+    def _encode_videos(self, videos: list, video_metadata, sampling_options: dict, **options):
+        """See [`encode_videos`]."""
+        open_videos = [
+            partial(self.video_processor.sample, video, video_metadata=metadata, **sampling_options)
+            for video, metadata in zip(videos, metadata_per_video(video_metadata, len(videos)), strict=True)
+        ]
+        return encode_videos(self._get_vision_tower(), open_videos, **options)
+
+    def _encode_for_spans(self, encoded) -> torch.FloatTensor:
+        """The features that a video is cut by: its own, or by the rule "base" those without an adapter."""
+        tower = self._get_vision_tower()
+        adapted = find_adapted_layers(tower) if self.event_tower == "base" else []
+        if not adapted:
+            return encoded.frame_features
+        with without_adapters(adapted):
+            (base,) = encode_videos(tower, [lambda: encoded.sampled])
+        if isinstance(base, Exception):
+            raise base
+        return base.frame_features
 
     def _segment_features(self, frame_features):
         steps_per_window = self.video_processor.frames_per_clip // self.video_processor.tubelet_size
         return self.segmenter(frame_features, steps_per_window=steps_per_window)
 
     def _cut(
-        self, frame_features: torch.FloatTensor, sampled: SampledVideo, span_features: torch.FloatTensor
+        self,
+        frame_features: torch.FloatTensor,
+        sampled: SampledVideo,
+        start_seconds: float | None,
+        end_seconds: float | None,
+        span_features: torch.FloatTensor,
     ) -> VideoEvents:
         segmentation = self._segment_features(span_features)
         first_steps = np.concatenate([[0], segmentation.boundaries])
         starts = sampled.timestamps[first_steps * self.video_processor.tubelet_size]
-        starts[0] = 0.0  # the first frame that is sampled is not the first that is shown
-        ends = np.append(starts[1:], sampled.duration_seconds)
+        starts[0] = start_seconds or 0.0  # the first frame that is sampled is not the first that is shown
+        end = sampled.duration_seconds if end_seconds is None else min(end_seconds, sampled.duration_seconds)
+        ends = np.append(starts[1:], end)
         return VideoEvents(
             events=[
                 Event(float(a), float(b), float(s)) for a, b, s in zip(starts, ends, segmentation.scores, strict=True)
@@ -355,31 +437,19 @@ class VJepaQwenProcessor(ProcessorMixin):
     def _process_videos(
         self,
         videos: list,
-        num_frames: int | None = None,
-        fps: float | None = None,
         video_metadata=None,
-        do_sample_frames: bool | None = None,
-        input_data_format: str | None = None,
         return_frame_features: bool | None = None,
         return_metadata: bool | None = None,
         return_tensors=None,
         **kwargs,
     ):
+        sampling_options = {name: kwargs.pop(name) for name in SAMPLING_OPTIONS if name in kwargs}
         if kwargs:
             raise ValueError(
                 f"{', '.join(kwargs)} must not change from call to call: the tower and the saved events rest on it; "
                 "set it on `processor.video_processor`"
             )
-        sampling_kwargs = {
-            "num_frames": num_frames,
-            "fps": fps,
-            "do_sample_frames": do_sample_frames,
-            "input_data_format": input_data_format,
-        }
-        encoded = [
-            self._encode_video(video, video_metadata=metadata, **sampling_kwargs)
-            for video, metadata in zip(videos, metadata_per_video(video_metadata, len(videos)), strict=True)
-        ]
+        encoded = self._encode_for_model(videos, video_metadata, sampling_options)
         has_all_frames = all(video.pixel_values is not None for video in encoded)
         if return_frame_features is None:
             is_cut = any(video.frame_features is None for video in encoded)
@@ -401,31 +471,38 @@ class VJepaQwenProcessor(ProcessorMixin):
         replacements = [self.replace_video_token(data, video_idx) for video_idx in range(len(encoded))]
         return BatchFeature(data), replacements
 
-    def _encode_video(self, video, **sampling_kwargs) -> _EncodedVideo:
-        if isinstance(video, _EncodedVideo):
-            return video
-        # By name, as in `bind`: another copy of this module may have made it.
-        if type(video).__name__ == VideoEvents.__name__:
-            return _EncodedVideo(video.frame_event_ids, video.frame_features)
-        if isinstance(video, _CutVideo):
-            return self._read_cut_video(video, **sampling_kwargs)
-        sampled = self.video_processor.sample(video, **sampling_kwargs)
-        keep_frames = sampled.num_frames <= self.video_processor.frames_per_clip
-        if not keep_frames and not self._is_bound:
-            logger.warning_once(
-                f"A video is longer than one window of the tower ({sampled.num_frames} frames, a window is "
-                f"{self.video_processor.frames_per_clip}): its features come from the processor's own tower, without "
-                "any adapter that only the model carries. Call `processor.bind(model)` to use the model's tower."
-            )
-        features, frames = [], []
-        for window in sampled.windows():
-            features.append(self._encode_window(window))
-            if keep_frames:
-                frames.append(window)
-        features = torch.cat(features)
-        span_features = self._encode_for_spans(sampled, features)
-        event_ids = torch.from_numpy(self._segment_features(span_features).frame_event_ids)
-        return _EncodedVideo(event_ids, features, torch.cat(frames) if keep_frames else None, sampled.metadata)
+    def _encode_for_model(self, videos: list, video_metadata, sampling_options: dict) -> list[_EncodedVideo]:
+        metadata = metadata_per_video(video_metadata, len(videos))
+        results = [
+            self._read_cut_video(video, video_metadata=entry, **sampling_options)
+            if isinstance(video, _CutVideo)
+            else _as_encoded(video)
+            for video, entry in zip(videos, metadata, strict=True)
+        ]
+        positions = [index for index, result in enumerate(results) if result is None]
+        if not positions:
+            return results
+        encoded_videos = self._encode_videos(
+            [videos[index] for index in positions],
+            [metadata[index] for index in positions],
+            sampling_options,
+            keep_frames=lambda sampled: sampled.num_frames <= sampled.frames_per_window,
+        )
+        with closing(encoded_videos):
+            for index, encoded in zip(positions, encoded_videos, strict=True):
+                if isinstance(encoded, Exception):
+                    raise encoded
+                event_ids = torch.from_numpy(self._segment_features(self._encode_for_spans(encoded)).frame_event_ids)
+                sampled = encoded.sampled
+                results[index] = _EncodedVideo(event_ids, encoded.frame_features, encoded.frames, sampled.metadata)
+                if encoded.frames is None and not self._is_bound:
+                    logger.warning_once(
+                        f"A video is longer than one window of the tower ({sampled.num_frames} frames, a window is "
+                        f"{self.video_processor.frames_per_clip}): its features come from the processor's own tower, "
+                        "without any adapter that only the model carries. Call `processor.bind(model)` to use the "
+                        "model's tower."
+                    )
+        return results
 
     def _read_cut_video(self, cut: _CutVideo, **sampling_kwargs) -> _EncodedVideo:
         sampled = self.video_processor.sample(cut.video, **sampling_kwargs)
@@ -451,11 +528,22 @@ class VJepaQwenProcessor(ProcessorMixin):
         As [`ProcessorMixin.apply_chat_template`], with thinking off unless `enable_thinking=True` is passed: a
         description needs none, and a short `max_new_tokens` would be spent on it.
 
-        `num_frames`, `fps`, `video_metadata` and `return_frame_features` go into `processor_kwargs`.
+        `num_frames`, `fps`, `start_seconds`, `end_seconds`, `video_metadata` and `return_frame_features` go into
+        `processor_kwargs`.
         """
         if "enable_thinking" in self._resolve_chat_template(chat_template):
             kwargs.setdefault("enable_thinking", False)
         return super().apply_chat_template(conversation, chat_template=chat_template, **kwargs)
+
+
+def _as_encoded(video) -> _EncodedVideo | None:
+    """What is encoded already, None for what is still to be encoded."""
+    if isinstance(video, _EncodedVideo):
+        return video
+    # By name, as in `bind`: another copy of this module may have made it.
+    if type(video).__name__ == VideoEvents.__name__:
+        return _EncodedVideo(video.frame_event_ids, video.frame_features)
+    return None
 
 
 def _pad(tensors: list[torch.Tensor], padding_value: int = 0) -> torch.Tensor:

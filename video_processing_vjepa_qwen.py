@@ -15,7 +15,6 @@ or one shorter window that is asked for. The frames are those on show in the mid
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from itertools import islice
 
 import numpy as np
 import torch
@@ -31,16 +30,12 @@ from transformers.image_utils import (
     is_pil_image,
 )
 from transformers.processing_utils import Unpack
-from transformers.utils import logging
 from transformers.video_processing_utils import BaseVideoProcessor
 from transformers.video_utils import VideoMetadata
 
+from .video_arrays import frame_times, from_numpy, is_frames, num_dimensions, stack_frames
 from .video_decoding import VideoDecoder
 
-logger = logging.get_logger(__name__)
-
-# What transformers assumes for frames that come without times.
-DEFAULT_FRAMES_PER_SECOND = 24
 # A span that ends where a frame begins has that frame in its middle or not whatever the rounding of the times.
 TIME_TOLERANCE_SECONDS = 1e-6
 
@@ -53,11 +48,17 @@ class VJepaQwenVideosKwargs(VideosKwargs, total=False):
         Frames in one temporal step.
     max_window_seconds (`float`, *optional*):
         Longest time that one window stretches over when neither `num_frames` nor `fps` is given.
+    start_seconds (`float`, *optional*):
+        Where the part to look at begins.
+    end_seconds (`float`, *optional*):
+        Where the part to look at ends.
     """
 
     frames_per_clip: int
     tubelet_size: int
     max_window_seconds: float
+    start_seconds: float | None
+    end_seconds: float | None
 
 
 @dataclass(frozen=True, eq=False)
@@ -66,7 +67,8 @@ class SampledVideo:
     The frames chosen from one video, decoded when they are asked for.
 
     Attributes:
-        timestamps (`np.ndarray` of shape `(num_frames,)`, float64): Presentation time of each frame, in seconds.
+        timestamps (`np.ndarray` of shape `(num_frames,)`, float64):
+            Presentation time of each frame, in seconds from the start of the video, also where only a part is sampled.
         duration_seconds (`float`): From the start of the first to the end of the last frame of the video.
         metadata (`VideoMetadata`): Of the whole video; `frames_indices` are the chosen frames.
         frames_per_window (`int`): Most frames in one window.
@@ -86,7 +88,10 @@ class SampledVideo:
 
     def windows(self) -> Iterator[torch.FloatTensor]:
         """
-        Decodes and preprocesses window after window; each call starts anew. Only one window is in memory.
+        Decodes and preprocesses window after window; each call starts anew.
+
+        In memory are one window and, of a file, the few frames that threads have decoded ahead: the next window is
+        being decoded while this one is used.
 
         Yields:
             `torch.FloatTensor` of shape `(frames_in_window, 3, height, width)`, float32, on the CPU.
@@ -94,9 +99,15 @@ class SampledVideo:
         Raises:
             VideoDecodingError: when no frame of a file can be decoded.
         """
-        frames = self._read_frames()
-        while window := list(islice(frames, self.frames_per_window)):
-            yield self._normalize(torch.stack(window))
+        frames, window = self._read_frames(), None
+        for position, frame in enumerate(frames):
+            frame, row = self._normalize(frame), position % self.frames_per_window
+            if window is None:
+                window = frame.new_empty(min(self.frames_per_window, self.num_frames - position), *frame.shape)
+            window[row] = frame
+            if row + 1 == len(window):
+                yield window
+                window = None
 
 
 class VJepaQwenVideoProcessor(BaseVideoProcessor):
@@ -165,6 +176,8 @@ class VJepaQwenVideoProcessor(BaseVideoProcessor):
         video_metadata: VideoMetadata | dict | None = None,
         do_sample_frames: bool | None = None,
         input_data_format: str | ChannelDimension | None = None,
+        start_seconds: float | None = None,
+        end_seconds: float | None = None,
     ) -> SampledVideo:
         """
         Chooses frames of one video. A file is scanned for the times of its frames; they are decoded later.
@@ -186,40 +199,48 @@ class VJepaQwenVideoProcessor(BaseVideoProcessor):
             do_sample_frames (`bool`, *optional*): `False` takes all frames as they are.
             input_data_format (`str`, *optional*):
                 `"channels_first"` or `"channels_last"` where the shape of an array does not tell.
+            start_seconds, end_seconds (`float`, *optional*):
+                The part to look at, in seconds from the start of the video: frames are spread over it and counted for
+                it alone. Of a file little else is decoded. Defaults to the whole video, and so does an end beyond it.
 
         Returns:
             `SampledVideo`
 
         Raises:
             VideoDecodingError: for what is no readable video.
-            ValueError: for a number of frames that makes no whole windows, and for arrays that are no videos.
+            ValueError: for a number of frames that makes no whole windows, for arrays that are no videos, and for a
+                part that the video does not have.
         """
         if num_frames is None and fps is None:
             num_frames, fps = self.num_frames, self.fps
         if num_frames is not None and fps is not None:
             raise ValueError(f"num_frames ({num_frames}) and fps ({fps}) must not be given together; choose one")
-        if _is_frames(video):
+        if is_frames(video):
             frames = self._to_tensor(video, input_data_format)
-            times, duration_seconds = _frame_times(video_metadata, len(frames))
+            times, duration_seconds = frame_times(video_metadata, len(frames))
             height, width = frames.shape[-2:]
         else:
             decoder = VideoDecoder(video)
             frames, times, duration_seconds = None, decoder.timestamps, decoder.duration_seconds
             height, width = decoder.height, decoder.width
+        start, end = _part(start_seconds, end_seconds, duration_seconds)
         if self.do_sample_frames if do_sample_frames is None else do_sample_frames:
             if num_frames is None:
-                num_frames = self._default_num_frames(duration_seconds, fps)
+                num_frames = self._default_num_frames(end - start, fps)
             self._check_num_frames(num_frames, "num_frames")
-            targets = (np.arange(num_frames) + 0.5) * (duration_seconds / num_frames) + TIME_TOLERANCE_SECONDS
+            targets = start + (np.arange(num_frames) + 0.5) * ((end - start) / num_frames) + TIME_TOLERANCE_SECONDS
             indices = np.maximum(np.searchsorted(times, targets, side="right") - 1, 0)
         else:
-            self._check_num_frames(len(times), "number of frames of a video, with do_sample_frames=False,")
-            indices = np.arange(len(times))
+            # Those that are on show at some time of the part.
+            first = max(np.searchsorted(times, start + TIME_TOLERANCE_SECONDS, side="right") - 1, 0)
+            indices = np.arange(first, max(np.searchsorted(times, end - TIME_TOLERANCE_SECONDS), first + 1))
+            self._check_num_frames(len(indices), "number of frames of a video, with do_sample_frames=False,")
         size = self._resized_size(height, width)
 
         def read_frames() -> Iterator[torch.Tensor]:
             if frames is None:
-                images = map(torch.from_numpy, decoder.frames(indices.tolist(), size=size))
+                crop = (self.crop_size.height, self.crop_size.width) if self.do_center_crop else None
+                images = map(torch.from_numpy, decoder.frames(indices.tolist(), size=size, crop=crop))
             else:
                 images = (self._resize_frame(frames[index].cpu(), size) for index in indices.tolist())
             return map(self._crop_frame, images)
@@ -234,7 +255,7 @@ class VJepaQwenVideoProcessor(BaseVideoProcessor):
             frames_indices=indices.tolist(),
         )
         return SampledVideo(
-            times[indices], duration_seconds, metadata, self.frames_per_clip, read_frames, self._normalize_window
+            times[indices], duration_seconds, metadata, self.frames_per_clip, read_frames, self._normalize_frame
         )
 
     def _default_num_frames(self, duration_seconds: float, fps: float | None) -> int:
@@ -276,9 +297,9 @@ class VJepaQwenVideoProcessor(BaseVideoProcessor):
     def _crop_frame(self, frame: torch.Tensor) -> torch.Tensor:
         return self.center_crop(frame, self.crop_size) if self.do_center_crop else frame
 
-    def _normalize_window(self, window: torch.Tensor) -> torch.FloatTensor:
+    def _normalize_frame(self, frame: torch.Tensor) -> torch.FloatTensor:
         return self.rescale_and_normalize(
-            window.float(), self.do_rescale, self.rescale_factor, self.do_normalize, self.image_mean, self.image_std
+            frame.float(), self.do_rescale, self.rescale_factor, self.do_normalize, self.image_mean, self.image_std
         )
 
     def _to_tensor(self, video, input_data_format: str | ChannelDimension | None) -> torch.Tensor:
@@ -286,9 +307,9 @@ class VJepaQwenVideoProcessor(BaseVideoProcessor):
         if is_pil_image(video):
             video = [video]
         if isinstance(video, (list, tuple)):
-            video = _stack_frames(video)
+            video = stack_frames(video)
         elif not isinstance(video, torch.Tensor):
-            video = _from_numpy(video)
+            video = from_numpy(video)
         if video.ndim == 3:
             video = video[None]
         if len(video) == 0:
@@ -331,7 +352,7 @@ class VJepaQwenVideoProcessor(BaseVideoProcessor):
 
         Args:
             videos: A video in any form that [`~VJepaQwenVideoProcessor.sample`] takes, or a list of them.
-            num_frames, fps, video_metadata, do_sample_frames, input_data_format (*optional*):
+            num_frames, fps, video_metadata, do_sample_frames, input_data_format, start_seconds, end_seconds:
                 As in [`~VJepaQwenVideoProcessor.sample`]; `video_metadata` may be a list, one entry for each video.
             return_tensors (`str`, *optional*, defaults to `"pt"`):
                 `None` gives a list with one tensor for each video, which may then differ in length.
@@ -353,9 +374,8 @@ class VJepaQwenVideoProcessor(BaseVideoProcessor):
         device = kwargs.pop("device", None) or self.device
         if kwargs.pop("data_format", None) not in (None, ChannelDimension.FIRST):
             raise ValueError("data_format must be 'channels_first', which is what the tower takes")
-        sampling_kwargs = {
-            name: kwargs.pop(name, None) for name in ("num_frames", "fps", "do_sample_frames", "input_data_format")
-        }
+        names = ("num_frames", "fps", "do_sample_frames", "input_data_format", "start_seconds", "end_seconds")
+        sampling_kwargs = {name: kwargs.pop(name, None) for name in names}
         # A copy with this call's attributes.
         processor = type(self).from_dict(self.to_dict(), **kwargs) if kwargs else self
         videos = flatten_videos(videos)
@@ -371,10 +391,14 @@ class VJepaQwenVideoProcessor(BaseVideoProcessor):
                 f"videos ({num_frames} frames) must have the same number of frames to be one tensor; pass "
                 "num_frames=, or return_tensors=None for a list"
             )
-        pixel_values = [torch.cat(list(video.windows())) for video in sampled]
+        # One window, or one video, is not copied again.
+        windows = [list(video.windows()) for video in sampled]
+        pixel_values = [torch.cat(parts) if len(parts) > 1 else parts[0] for parts in windows]
         if device is not None:
             pixel_values = [video.to(device) for video in pixel_values]
-        data = {"pixel_values_videos": pixel_values if return_tensors is None else torch.stack(pixel_values)}
+        if return_tensors is not None:
+            pixel_values = torch.stack(pixel_values) if len(pixel_values) > 1 else pixel_values[0][None]
+        data = {"pixel_values_videos": pixel_values}
         if return_metadata:
             data["video_metadata"] = [video.metadata for video in sampled]
         return BatchFeature(data, tensor_type=return_tensors, skip_tensor_conversion=["video_metadata"])
@@ -386,8 +410,8 @@ def flatten_videos(videos) -> list:
 
     A list of images or of arrays for one frame each is one video; an array with five dimensions is a batch.
     """
-    if _is_frames(videos):
-        return list(videos) if _num_dimensions(videos) == 5 else [videos]
+    if is_frames(videos):
+        return list(videos) if num_dimensions(videos) == 5 else [videos]
     if isinstance(videos, (list, tuple)):
         return [video for item in videos for video in flatten_videos(item)]
     return [videos]
@@ -407,70 +431,18 @@ def metadata_per_video(video_metadata, num_videos: int) -> list:
     return flat
 
 
-def _num_dimensions(item) -> int:
-    """Dimensions of an array or image; 0 for anything else."""
-    if isinstance(item, (np.ndarray, torch.Tensor)):
-        return item.ndim
-    return 3 if is_pil_image(item) else 0
-
-
-def _is_frames(video) -> bool:
-    """Whether this is a video (or a batch of them) in memory: an array, or a list of images."""
-    if isinstance(video, (list, tuple)):
-        return len(video) > 0 and all(_num_dimensions(frame) in (2, 3) for frame in video)
-    return _num_dimensions(video) > 0
-
-
-def _from_numpy(array) -> torch.Tensor:
-    # torch knows neither negative strides nor read-only memory.
-    return torch.from_numpy(np.require(array, requirements=["C", "W"]))
-
-
-def _stack_frames(frames: list) -> torch.Tensor:
-    """Images, or arrays of shape (height, width[, channels]) or (channels, height, width), to one tensor."""
-    frames = [np.asarray(frame.convert("RGB")) if is_pil_image(frame) else frame for frame in frames]
-    frames = [frame if isinstance(frame, torch.Tensor) else _from_numpy(frame) for frame in frames]
-    shapes = {tuple(frame.shape) for frame in frames}
-    if len(shapes) > 1:
-        raise ValueError(f"frames of a video ({sorted(shapes)}) must have one shape; resize them to one size")
-    video = torch.stack(frames)
-    return video[..., None] if video.ndim == 3 else video
-
-
-def _frame_times(video_metadata: VideoMetadata | dict | None, num_frames: int) -> tuple[np.ndarray, float]:
-    """Seconds at which each frame of an array is shown, and the length of the video in seconds."""
-    metadata = dict(video_metadata or {})
-    fps, duration_seconds = metadata.get("fps"), metadata.get("duration")
-    times, indices = metadata.get("timestamps"), metadata.get("frames_indices")
-    for name, value in (("fps", fps), ("duration", duration_seconds)):
-        if value is not None and not 0 < value < math.inf:
-            raise ValueError(f"{name} of video_metadata ({value}) must be greater than 0")
-    for name, values in (("timestamps", times), ("frames_indices", indices)):
-        if values is not None and len(values) != num_frames:
-            raise ValueError(
-                f"{name} of video_metadata ({len(values)}) must have one entry for each of the {num_frames} frames"
-            )
-    if times is None:
-        indices = np.arange(num_frames) if indices is None else np.asarray(indices)
-        total_num_frames = max(metadata.get("total_num_frames") or 0, int(indices[-1]) + 1)
-        if fps is None and duration_seconds is not None:
-            fps = total_num_frames / duration_seconds
-        if fps is None:
-            logger.warning_once(
-                f"A video given as frames has no times: {DEFAULT_FRAMES_PER_SECOND} frames per second are assumed. "
-                'Pass video_metadata={"fps": ...} for right event times.'
-            )
-            fps = DEFAULT_FRAMES_PER_SECOND
-        times, end_seconds = indices / fps, total_num_frames / fps
-    else:
-        times = np.asarray(times, dtype=np.float64)
-        last_seconds = np.median(np.diff(times)) if num_frames > 1 else 1 / (fps or DEFAULT_FRAMES_PER_SECOND)
-        end_seconds = times[-1] + last_seconds
-    if np.any(np.diff(times) < 0) or times[0] < 0:
-        raise ValueError("timestamps and frames_indices of video_metadata must be in ascending order, from 0 on")
-    if duration_seconds is not None and duration_seconds > times[-1]:
-        end_seconds = duration_seconds
-    return times, float(end_seconds)
+def _part(start_seconds: float | None, end_seconds: float | None, duration_seconds: float) -> tuple[float, float]:
+    """Start and end of the part to look at, within the video."""
+    start = 0.0 if start_seconds is None else start_seconds
+    end = duration_seconds if end_seconds is None else min(end_seconds, duration_seconds)
+    if not 0 <= start < duration_seconds:
+        raise ValueError(
+            f"start_seconds ({start_seconds}) must be at least 0 and before the end of the video, which is "
+            f"{duration_seconds:.3f} seconds long"
+        )
+    if not start < end:
+        raise ValueError(f"end_seconds ({end_seconds}) must be greater than start_seconds ({start})")
+    return start, end
 
 
 VJepaQwenVideoProcessor.register_for_auto_class()

@@ -29,10 +29,10 @@ from rich.table import Table
 
 @dataclass(frozen=True)
 class Run:
-    """One call: wall seconds, and by how many bytes the process's resident memory rose above what it was before."""
+    """One call: wall seconds, and by how many bytes the process's resident memory rose, where that was measured."""
 
     seconds: float
-    added_bytes: int
+    added_bytes: int | None = None
 
 
 def measure(contenders: dict[str, tuple], *, rounds: int, warm_up: bool = True) -> dict[str, list[Run] | str]:
@@ -104,7 +104,7 @@ def median_added_bytes(runs: list[Run]) -> float:
     return statistics.median(run.added_bytes for run in runs)
 
 
-def report(title: str, cases: dict[str, dict[str, list[Run] | str]], *, baseline: str, output: Path) -> None:
+def report(title: str, cases: dict[str, dict[str, list[Run] | str]], *, baseline: str, output: Path, **more) -> None:
     """
     Prints a table (median seconds, median added memory, both as multiples of `baseline`'s) and writes all runs.
 
@@ -113,6 +113,7 @@ def report(title: str, cases: dict[str, dict[str, list[Run] | str]], *, baseline
         cases (`dict[str, dict[str, list[Run] | str]]`): What `measure` returned, by case.
         baseline (`str`): The contender to compare with, usually ours: 2.0x means twice its time.
         output (`Path`): JSON file, with the machine, the versions and the command beside the runs.
+        more: Other results for that file.
     """
     table = Table(title=title)
     for heading in ("case", "contender", "median s", "min - max s", f"time / {baseline}", "MB", f"MB / {baseline}"):
@@ -124,22 +125,16 @@ def report(title: str, cases: dict[str, dict[str, list[Run] | str]], *, baseline
                 table.add_row(case, name, runs)
                 continue
             seconds = [run.seconds for run in runs]
-            times = memory = ""
-            if isinstance(base, list):
-                times = f"{median_seconds(runs) / median_seconds(base):.2f}x"
-                memory = f"{median_added_bytes(runs) / max(1, median_added_bytes(base)):.2f}x"
-            table.add_row(
-                case,
-                name,
-                f"{median_seconds(runs):.3f}",
-                f"{min(seconds):.3f} - {max(seconds):.3f}",
-                times,
-                f"{median_added_bytes(runs) / 1e6:.0f}",
-                memory,
-            )
+            cells = [f"{median_seconds(runs):.3f}", f"{min(seconds):.3f} - {max(seconds):.3f}"]
+            has_base = isinstance(base, list)
+            cells.append(f"{median_seconds(runs) / median_seconds(base):.2f}x" if has_base else "")
+            if runs[0].added_bytes is not None:
+                cells.append(f"{median_added_bytes(runs) / 1e6:.0f}")
+                cells.append(f"{median_added_bytes(runs) / max(1, median_added_bytes(base)):.2f}x" if has_base else "")
+            table.add_row(case, name, *cells)
         table.add_section()
     Console().print(table)
-    write_json(output, {"title": title, "baseline": baseline, "cases": cases})
+    write_json(output, {"title": title, "baseline": baseline, "cases": cases, **more})
 
 
 def write_json(output: Path, results: dict) -> None:

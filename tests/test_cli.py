@@ -132,6 +132,24 @@ def test_options_that_do_not_fit_are_a_clear_error(run, clips):
     assert "num_frames (7) must be a multiple of 2" in result.stderr
 
 
+def test_a_part_of_a_video(run, clips):
+    (document,) = json.loads(run("segment", clips[0], "--start", 0.5, "--end", 2.5, "--json").stdout)
+    assert document["events"][0]["start_seconds"] == 0.5 and document["events"][-1]["end_seconds"] == 2.5
+    result = run("segment", clips[0], "--start", 7)
+    assert result.exit_code == 1
+    assert "start_seconds (7.0)" in result.stderr and len(result.stderr.splitlines()) == 2
+
+
+def test_interruption_ends_the_command_without_a_traceback(run, clips, monkeypatch):
+    def interrupt(tower, pixel_values_videos, **kwargs):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("vjepa_qwen.modeling_vjepa_qwen.VJepaQwenVisionTower.forward", interrupt)
+    result = run("segment", *clips)
+    assert result.exit_code == 130
+    assert "Traceback" not in result.output
+
+
 def test_a_model_that_is_not_there_is_one_line(clips, tmp_path):
     result = CliRunner().invoke(app, ["segment", clips[0], "--model", str(tmp_path / "nothing")])
     assert result.exit_code == 1

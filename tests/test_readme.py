@@ -14,6 +14,7 @@ README = (ROOT / "README.md").read_text(encoding="utf-8")
 
 @pytest.mark.slow
 def test_python_examples_run_as_written(tmp_path):
+    """Those marked `python`; those marked `py` name repositories that are not at hand."""
     script = "\n".join(re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL))
     environment = {**os.environ, "HF_MODULES_CACHE": str(tmp_path)}
     result = subprocess.run(

@@ -12,7 +12,7 @@ import pytest
 from av.stream import Disposition
 from clips import draw_frame, read_number, write_audio, write_clip, write_live_clip
 
-from vjepa_qwen.video_decoding import VideoDecoder, VideoDecodingError, _decode
+from vjepa_qwen.video_decoding import VideoDecoder, VideoDecodingError, decode
 
 VP9 = {"codec": "libvpx-vp9", "codec_options": {"deadline": "realtime", "cpu-used": "8", "g": "12"}}
 
@@ -86,11 +86,11 @@ def test_frames_far_apart_are_found_by_seeking(tmp_path, monkeypatch):
     decoded = []
 
     def count(packets, stream):
-        for frame in _decode(packets, stream):
+        for frame in decode(packets, stream):
             decoded.append(frame.pts)
             yield frame
 
-    monkeypatch.setattr("vjepa_qwen.video_decoding._decode", count)
+    monkeypatch.setattr("vjepa_qwen.video_decoding.decode", count)
     indices = list(range(30, 600, 60))
     assert numbers(decoder, indices) == indices
     assert len(decoded) < 200

@@ -11,7 +11,7 @@ from transformers import AutoVideoProcessor, VJEPA2VideoProcessor
 from transformers.video_utils import VideoMetadata
 
 from vjepa_qwen import VideoDecodingError, VJepaQwenVideoProcessor
-from vjepa_qwen.video_decoding import VideoDecoder, _decode
+from vjepa_qwen.video_decoding import VideoDecoder, decode
 
 CROP_FRACTION = 224 / 256
 
@@ -90,22 +90,65 @@ def test_windows_follow_the_length_of_the_video(video_processor, tmp_path):
 
 
 def test_a_window_is_decoded_when_it_is_asked_for(video_processor, tmp_path, monkeypatch):
-    """Choosing frames decodes nothing, and the first window nothing of the others."""
+    """Choosing frames decodes nothing, and the first window only what threads may be ahead: not the whole file."""
     decoded = []
 
     def count(packets, stream):
-        for frame in _decode(packets, stream):
+        for frame in decode(packets, stream):
             decoded.append(frame.pts)
             yield frame
 
-    path = write_clip(tmp_path / "long.mp4", num_frames=300)
+    path = write_clip(tmp_path / "long.mp4", num_frames=600)
     sampled = video_processor.sample(path)
-    monkeypatch.setattr("vjepa_qwen.video_decoding._decode", count)
+    monkeypatch.setattr("vjepa_qwen.video_decoding.MAX_READERS", 2)
+    monkeypatch.setattr("vjepa_qwen.video_decoding.MAX_FRAMES_AHEAD", 4)
+    monkeypatch.setattr("vjepa_qwen.video_decoding.decode", count)
     windows = sampled.windows()
     assert decoded == []
     next(windows)
-    assert 0 < len(decoded) < 60
     windows.close()
+    assert 0 < len(decoded) < 150
+
+
+def test_a_part_of_a_video_is_sampled_alone(video_processor, tmp_path):
+    """Frames are chosen as of a video that is only that part; times stay the file's."""
+    path = write_clip(tmp_path / "long.mp4", num_frames=120)  # 4 seconds
+    sampled = video_processor.sample(path, start_seconds=1.0, end_seconds=3.0)
+    expected = [int(30 + (index + 0.5) * 60 / 16) for index in range(16)]
+    assert sampled.metadata.frames_indices == expected
+    np.testing.assert_allclose(sampled.timestamps, np.array(expected) / 30, atol=1e-9)
+    assert sampled.duration_seconds == pytest.approx(4.0)
+    assert numbers(torch.cat(list(sampled.windows()))) == expected
+    assert video_processor.sample(path, start_seconds=3.5).num_frames == 8
+    assert video_processor.sample(path, end_seconds=2.0).metadata.frames_indices[-1] < 60
+    beyond = video_processor.sample(path, start_seconds=3.0, end_seconds=99.0)
+    assert beyond.metadata.frames_indices == video_processor.sample(path, start_seconds=3.0).metadata.frames_indices
+    frames = frames_of_clip(120)
+    of_array = video_processor.sample(frames, video_metadata={"fps": 30}, start_seconds=1.0, end_seconds=3.0)
+    assert of_array.metadata.frames_indices == expected
+    batch = video_processor([path, path], num_frames=8, start_seconds=1.0, end_seconds=2.0)
+    assert numbers(batch.pixel_values_videos[1]) == [int(30 + (index + 0.5) * 30 / 8) for index in range(8)]
+    whole = video_processor.sample(path, start_seconds=1.0, end_seconds=1.0 + 16 / 30, do_sample_frames=False)
+    assert whole.metadata.frames_indices == list(range(30, 46))
+
+
+@pytest.mark.parametrize(
+    ("part", "message"),
+    [
+        ({"start_seconds": 1.0}, r"start_seconds \(1.0\) must be at least 0 and before the end .* 1.000 seconds"),
+        ({"start_seconds": -0.1}, r"start_seconds \(-0.1\) must be at least 0"),
+        ({"start_seconds": float("nan")}, r"start_seconds \(nan\) must be"),
+        (
+            {"start_seconds": 0.5, "end_seconds": 0.5},
+            r"end_seconds \(0.5\) must be greater than start_seconds \(0.5\)",
+        ),
+        ({"end_seconds": 0}, r"end_seconds \(0\) must be greater than start_seconds \(0.0\)"),
+    ],
+)
+def test_parts_that_do_not_exist_are_refused(video_processor, clip, part, message):
+    """The error names the value and the length of the video."""
+    with pytest.raises(ValueError, match=message):
+        video_processor.sample(clip, **part)
 
 
 @pytest.mark.parametrize("num_frames", [1, 2, 3])
@@ -297,7 +340,7 @@ def test_videos_of_different_length_are_no_tensor(video_processor, clip, tmp_pat
 def test_times_of_frames_come_from_the_metadata(video_processor, monkeypatch):
     """fps, indices of frames already chosen, explicit times; and the assumption where there is nothing."""
     warnings = []
-    monkeypatch.setattr("vjepa_qwen.video_processing_vjepa_qwen.logger.warning_once", warnings.append)
+    monkeypatch.setattr("vjepa_qwen.video_arrays.logger.warning_once", warnings.append)
     frames = frames_of_clip(8)
 
     def sample(**metadata):

@@ -109,12 +109,12 @@ def convert(
     default_projection, default_adapter = EXPERIMENTS[experiment]
     adapter = adapter or default_adapter
     projection_file = _fetch(release_source, projection or default_projection)
-    sources = {"projection": _describe(projection_file)}
+    sources = {"release": release_source.name, "projection": _describe(projection_file)}
 
     projector = read_projector(projection_file)
     vision_config = AutoConfig.from_pretrained(os.path.dirname(_fetch(tower_source, "config.json")))
     encoder, dropped, tower_files = read_tower(tower_source)
-    sources["tower"] = [_describe(path) for path in tower_files]
+    sources["tower"] = {"name": tower_source.name, "files": [_describe(path) for path in tower_files]}
     tower_model = VJepaQwenVisionTower(vision_config)
     _check_names("tower", encoder, tower_model.state_dict())
     tower_model.load_state_dict(encoder)
