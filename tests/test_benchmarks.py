@@ -3,6 +3,7 @@
 import json
 
 import numpy as np
+from transformers.video_utils import VideoMetadata
 
 from vjepa_qwen.benchmarks import cuts, segmentation, tokens
 
@@ -21,7 +22,7 @@ def test_counts_of_qwens_tokens_are_those_of_its_video_processor():
     size, num_frames, fps = {"longest_edge": 64 * 64 * 8, "shortest_edge": 4096}, 60, tokens.FRAMES_PER_SECOND
     video_processor = tokens.Qwen3VLVideoProcessor(size=size, cap_pixels_per_frame=False)
     frames = np.zeros((num_frames, 120, 160, 3), dtype=np.uint8)
-    metadata = tokens.VideoMetadata(total_num_frames=num_frames, fps=fps)
+    metadata = VideoMetadata(total_num_frames=num_frames, fps=fps)
     grid = video_processor(frames, video_metadata=[metadata], return_tensors="pt").video_grid_thw
     num_visual, num_tokens = tokens.count_qwen(num_frames // fps, 120, 160, size=size, cap_pixels_per_frame=False)
     assert num_visual == int(grid.prod()) // 4

@@ -18,6 +18,7 @@ from rich.progress import track
 from rich.table import Table
 
 from .. import TOY_CHECKPOINT
+from ..evaluation.event_boundaries.event_boundaries import count_matches
 from ..modeling_vjepa_qwen import VJepaQwenForConditionalGeneration
 from ..processing_vjepa_qwen import VJepaQwenProcessor
 from .synthetic_shorts import (
@@ -39,17 +40,6 @@ _SCENE = re.compile(
 )
 _DOMAIN = re.compile(rf"\b({'|'.join(DOMAINS)})\b")
 ATTRIBUTES = ("size", "colour", "shape", "motion")
-
-
-def count_matches(found: list[float], true: list[float], tolerance: float) -> int:
-    """Most one-to-one pairs of a found and a true time, both sorted, that are at most `tolerance` apart."""
-    matches, index = 0, 0
-    for time in true:
-        while index < len(found) and found[index] < time - tolerance - 1e-6:
-            index += 1
-        if index < len(found) and found[index] <= time + tolerance + 1e-6:
-            matches, index = matches + 1, index + 1
-    return matches
 
 
 @dataclass
