@@ -156,6 +156,30 @@ def memory(context: typer.Context):
     _pass_on(main, context)
 
 
+@app.command(context_settings=OPTIONS_ELSEWHERE)
+def encode(context: typer.Context):
+    """Encode the videos of a data set once, for training with a frozen tower."""
+    from .training.feature_cache import main
+
+    _pass_on(main, context)
+
+
+@app.command(context_settings=OPTIONS_ELSEWHERE)
+def train(context: typer.Context):
+    """Train the projector, or a LoRA on the tower with it, on videos with answers."""
+    from .training.train import main
+
+    _pass_on(main, context)
+
+
+@app.command(context_settings=OPTIONS_ELSEWHERE)
+def merge(context: typer.Context):
+    """Put what was trained into the model and write an ordinary checkpoint."""
+    from .training.merge import main
+
+    _pass_on(main, context)
+
+
 def _pass_on(main, context: typer.Context):
     try:
         main(context.args)

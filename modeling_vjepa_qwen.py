@@ -293,6 +293,18 @@ class VJepaQwenModel(VJepaQwenPreTrainedModel):
         video_features = torch.cat(event_embeddings).to(inputs_embeds.device, inputs_embeds.dtype)
         return inputs_embeds.masked_scatter(is_placeholder.unsqueeze(-1), video_features)
 
+    def _unused_vision(self, inputs_embeds) -> torch.FloatTensor:
+        """Zero, computed by what is trained of tower and projector, for a batch without video.
+
+        Its gradients are zeros instead of missing: processes that train together wait for one another's gradients.
+        """
+        config, bias = self.config.vision_config, self.multi_modal_projector.linear_1.bias
+        features = bias.new_zeros(1, config.hidden_size)
+        if any(parameter.requires_grad for parameter in self.vision_tower.parameters()):
+            shape = (1, config.tubelet_size, 3, config.crop_size, config.crop_size)
+            features = self.vision_tower(bias.new_zeros(shape)).pooler_output[0]
+        return 0.0 * self.multi_modal_projector(features).sum().to(inputs_embeds.device, inputs_embeds.dtype)
+
     def _find_placeholders(self, input_ids, inputs_embeds) -> torch.BoolTensor:
         if input_ids is not None:
             return (input_ids == self.config.video_token_id).to(inputs_embeds.device)
@@ -352,6 +364,8 @@ class VJepaQwenModel(VJepaQwenPreTrainedModel):
                     f"Sample {sample} of the batch: its prompt has {int(num_placeholders[sample])} video placeholders "
                     "but no video was given; pass pixel_values_videos or frame_features, with frame_event_ids"
                 )
+        if video_outputs is None and self.training:
+            inputs_embeds = inputs_embeds + self._unused_vision(inputs_embeds)
 
         outputs = self.language_model(
             attention_mask=attention_mask,

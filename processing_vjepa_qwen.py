@@ -23,60 +23,15 @@ from transformers.video_utils import VideoMetadata
 
 from .event_segmentation import EventSegmenter, count_events
 from .modeling_vjepa_qwen import VJepaQwenVisionTower
-from .video_encoding import encode_videos, load_vision_tower
-from .video_processing_vjepa_qwen import SampledVideo, VJepaQwenVideoProcessor, flatten_videos, metadata_per_video
+from .video_encoding import VideoFeatures, encode_videos
+from .video_events import Event, VideoEvents
+from .video_processing_vjepa_qwen import VJepaQwenVideoProcessor, flatten_videos, metadata_per_video
+from .vision_tower_access import load_vision_tower
 
 logger = logging.get_logger(__name__)
 
 # Of a call, passed on to `VJepaQwenVideoProcessor.sample`.
 SAMPLING_OPTIONS = ("num_frames", "fps", "start_seconds", "end_seconds", "do_sample_frames", "input_data_format")
-
-
-@dataclass(frozen=True)
-class Event:
-    """A span of a video in which little changes.
-
-    Attributes:
-        start_seconds (`float`): Presentation time of the event's first frame.
-        end_seconds (`float`): Where the next event starts, or the video ends.
-        score (`float`): Cosine distance at the boundary that opens the event; 0 for the first event of a video.
-    """
-
-    start_seconds: float
-    end_seconds: float
-    score: float
-
-
-@dataclass(frozen=True, eq=False)
-class VideoEvents:
-    """
-    What [`VJepaQwenProcessor.segment`] finds in one video. It can take the place of a video in
-    [`VJepaQwenProcessor.apply_chat_template`] and in a processor call: nothing is encoded again then.
-
-    Attributes:
-        events (`list[Event]`): The events in order; they cover the video without gaps.
-        distances (`np.ndarray` of shape `(num_steps,)`, float32):
-            The distance curve; kept so that thresholds can be tuned without encoding again
-            (`EventSegmenter(...).segment_distances(distances)`).
-        boundaries (`np.ndarray` of shape `(num_events - 1,)`, int64): Steps at which a new event starts.
-        frame_event_ids (`torch.LongTensor` of shape `(num_steps,)`): Event of each temporal step.
-        frame_features (`torch.FloatTensor` of shape `(num_steps, hidden)`, float32): Mean-pooled tower output.
-        timestamps (`np.ndarray` of shape `(num_frames,)`, float64): Presentation time of each frame, in seconds.
-        duration_seconds (`float`): Length of the video.
-    """
-
-    events: list[Event]
-    distances: np.ndarray
-    boundaries: np.ndarray
-    frame_event_ids: torch.LongTensor
-    frame_features: torch.FloatTensor
-    timestamps: np.ndarray
-    duration_seconds: float
-
-    @property
-    def num_events(self) -> int:
-        """Number of events, which is the number of tokens that the video costs."""
-        return len(self.events)
 
 
 class VJepaQwenVideosKwargs(VideosKwargs, total=False):
@@ -104,9 +59,17 @@ class _EncodedVideo:
     """One video on its way to the model: always the spans, and the frames or the features or both."""
 
     frame_event_ids: torch.LongTensor
-    frame_features: torch.FloatTensor
+    frame_features: torch.FloatTensor | None
     pixel_values: torch.FloatTensor | None = None
     metadata: VideoMetadata | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class _CutVideo:
+    """A video whose spans are known: its frames are needed, and no tower."""
+
+    video: object
+    frame_event_ids: torch.LongTensor
 
 
 class VJepaQwenProcessor(ProcessorMixin):
@@ -121,6 +84,9 @@ class VJepaQwenProcessor(ProcessorMixin):
             Parameters of [`EventSegmenter`], saved with the processor. Defaults to the class's.
         video_token (`str`, *optional*, defaults to `"<|video_pad|>"`):
             The placeholder in the text, one for each video in the prompt and one for each event in `input_ids`.
+        event_tower (`str`, *optional*, defaults to `"adapted"`):
+            Which features a video is cut by when the bound tower carries a LoRA: `"adapted"`, those it encodes with,
+            or `"base"`, those without the LoRA. Training stores its rule here, so that inference cuts as it did.
     """
 
     valid_processor_kwargs = VJepaQwenProcessorKwargs
@@ -133,7 +99,11 @@ class VJepaQwenProcessor(ProcessorMixin):
         chat_template=None,
         event_segmentation: dict | None = None,
         video_token: str = "<|video_pad|>",
+        event_tower: str = "adapted",
     ):
+        if event_tower not in ("adapted", "base"):
+            raise ValueError(f"event_tower ({event_tower!r}) must be 'adapted' or 'base'")
+        self.event_tower = event_tower
         self.segmenter = EventSegmenter(**(event_segmentation or {}))
         self.event_segmentation = event_segmentation or {}
         self.video_token = video_token
@@ -305,7 +275,7 @@ class VJepaQwenProcessor(ProcessorMixin):
         with closing(encoded_videos):
             for encoded in encoded_videos:
                 if not isinstance(encoded, Exception):
-                    yield self._cut(encoded.frame_features, encoded.sampled, start_seconds, end_seconds)
+                    yield self._cut(encoded, start_seconds, end_seconds)
                 elif return_exceptions:
                     yield encoded
                 else:
@@ -317,20 +287,17 @@ class VJepaQwenProcessor(ProcessorMixin):
             partial(self.video_processor.sample, video, video_metadata=metadata, **sampling_options)
             for video, metadata in zip(videos, metadata_per_video(video_metadata, len(videos)), strict=True)
         ]
-        return encode_videos(self._get_vision_tower(), open_videos, **options)
+        spans_without_adapters = self.event_tower == "base"
+        return encode_videos(
+            self._get_vision_tower(), open_videos, spans_without_adapters=spans_without_adapters, **options
+        )
 
     def _segment_features(self, frame_features):
         steps_per_window = self.video_processor.frames_per_clip // self.video_processor.tubelet_size
         return self.segmenter(frame_features, steps_per_window=steps_per_window)
 
-    def _cut(
-        self,
-        frame_features: torch.FloatTensor,
-        sampled: SampledVideo,
-        start_seconds: float | None,
-        end_seconds: float | None,
-    ) -> VideoEvents:
-        segmentation = self._segment_features(frame_features)
+    def _cut(self, encoded: VideoFeatures, start_seconds: float | None, end_seconds: float | None) -> VideoEvents:
+        sampled, segmentation = encoded.sampled, self._segment_features(encoded.span_features)
         first_steps = np.concatenate([[0], segmentation.boundaries])
         starts = sampled.timestamps[first_steps * self.video_processor.tubelet_size]
         starts[0] = start_seconds or 0.0  # the first frame that is sampled is not the first that is shown
@@ -343,7 +310,7 @@ class VJepaQwenProcessor(ProcessorMixin):
             distances=segmentation.distances,
             boundaries=segmentation.boundaries,
             frame_event_ids=torch.from_numpy(segmentation.frame_event_ids),
-            frame_features=frame_features,
+            frame_features=encoded.frame_features,
             timestamps=sampled.timestamps,
             duration_seconds=sampled.duration_seconds,
         )
@@ -359,6 +326,12 @@ class VJepaQwenProcessor(ProcessorMixin):
             videos = self._precomputed_videos(frame_features, frame_event_ids)
         elif videos is not None:
             videos = flatten_videos(videos)
+            if frame_event_ids is not None:  # the frames are wanted, cut by spans that are known
+                if len(frame_event_ids) != len(videos):
+                    raise ValueError(
+                        f"frame_event_ids ({len(frame_event_ids)}) must be one for each of the {len(videos)} videos"
+                    )
+                videos = [_CutVideo(v, torch.as_tensor(ids)) for v, ids in zip(videos, frame_event_ids, strict=True)]
         return super().prepare_inputs_layout(images=images, text=text, videos=videos, audio=audio, **kwargs)
 
     def _precomputed_videos(self, frame_features, frame_event_ids) -> list[_EncodedVideo]:
@@ -411,12 +384,13 @@ class VJepaQwenProcessor(ProcessorMixin):
         encoded = self._encode_for_model(videos, video_metadata, sampling_options)
         has_all_frames = all(video.pixel_values is not None for video in encoded)
         if return_frame_features is None:
-            return_frame_features = self._is_bound or not has_all_frames
+            is_cut = any(video.frame_features is None for video in encoded)
+            return_frame_features = not is_cut and (self._is_bound or not has_all_frames)
         if not return_frame_features and not has_all_frames:
             raise ValueError(
                 "return_frame_features (False) must be True or left out here: a video given as features has no frames "
                 f"to return, and one longer than a window ({self.video_processor.frames_per_clip} frames) is encoded "
-                "window by window so that its frames need not fit into memory"
+                "window by window so that its frames need not fit into memory; num_frames= looks at fewer"
             )
         frame_event_ids = _pad([video.frame_event_ids for video in encoded], padding_value=-1)
         data = {"frame_event_ids": frame_event_ids}
@@ -430,8 +404,11 @@ class VJepaQwenProcessor(ProcessorMixin):
         return BatchFeature(data), replacements
 
     def _encode_for_model(self, videos: list, video_metadata, sampling_options: dict) -> list[_EncodedVideo]:
-        results = [_as_encoded(video) for video in videos]
         metadata = metadata_per_video(video_metadata, len(videos))
+        results = [_as_encoded(video) for video in videos]
+        for index, video in enumerate(videos):
+            if isinstance(video, _CutVideo):
+                results[index] = self._read_cut_video(video, video_metadata=metadata[index], **sampling_options)
         positions = [index for index, result in enumerate(results) if result is None]
         if not positions:
             return results
@@ -445,7 +422,7 @@ class VJepaQwenProcessor(ProcessorMixin):
             for index, encoded in zip(positions, encoded_videos, strict=True):
                 if isinstance(encoded, Exception):
                     raise encoded
-                event_ids = torch.from_numpy(self._segment_features(encoded.frame_features).frame_event_ids)
+                event_ids = torch.from_numpy(self._segment_features(encoded.span_features).frame_event_ids)
                 sampled = encoded.sampled
                 results[index] = _EncodedVideo(event_ids, encoded.frame_features, encoded.frames, sampled.metadata)
                 if encoded.frames is None and not self._is_bound:
@@ -456,6 +433,18 @@ class VJepaQwenProcessor(ProcessorMixin):
                         "model's tower."
                     )
         return results
+
+    def _read_cut_video(self, cut: _CutVideo, **sampling_kwargs) -> _EncodedVideo:
+        sampled = self.video_processor.sample(cut.video, **sampling_kwargs)
+        num_steps = sampled.num_frames // self.video_processor.tubelet_size
+        if num_steps != len(cut.frame_event_ids) or sampled.num_frames > self.video_processor.frames_per_clip:
+            raise ValueError(
+                f"frame_event_ids ({len(cut.frame_event_ids)} steps) must have one id for each of the {num_steps} "
+                "steps of the video, and the video one window of the tower at most "
+                f"({self.video_processor.frames_per_clip} frames, not {sampled.num_frames}); "
+                "pass num_frames= to look at fewer"
+            )
+        return _EncodedVideo(cut.frame_event_ids, None, torch.cat(list(sampled.windows())), sampled.metadata)
 
     def replace_video_token(self, video_inputs: dict, video_idx: int, **kwargs) -> str:
         return self.video_token * count_events(video_inputs["frame_event_ids"][video_idx : video_idx + 1])[0]

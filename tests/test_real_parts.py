@@ -20,6 +20,7 @@ from vjepa_qwen import (
     VJepaQwenProcessor,
     VJepaQwenVideoProcessor,
 )
+from vjepa_qwen.training.collator import VJepaQwenDataCollator
 
 CHAT = {"add_generation_prompt": True, "tokenize": True, "return_dict": True, "return_tensors": "pt"}
 
@@ -64,6 +65,19 @@ def test_real_vocabulary_and_template_end_to_end(qwen_tokenizer, clips):
     assert model.generate(**inputs, max_new_tokens=4, eos_token_id=248046).shape[0] == 1
     with pytest.raises(ValueError, match=r"video_token \('<\|movie_pad\|>'\) must be a token of the tokenizer's"):
         VJepaQwenProcessor(processor.video_processor, qwen_tokenizer, video_token="<|movie_pad|>")
+
+
+def test_labels_with_the_real_vocabulary_end_at_whole_tokens(qwen_tokenizer):
+    """The real vocabulary splits Korean, emoji and digits into pieces; the prompt is tokenised as at inference."""
+    processor = VJepaQwenProcessor(VJepaQwenVideoProcessor(crop_size=32, frames_per_clip=16), qwen_tokenizer)
+    answer = "안녕하세요 👋🏽 12345,  두 칸\n\n- 목록"
+    messages = user_message(text="무엇이 보이나요?") + [{"role": "assistant", "content": answer}]
+    batch = VJepaQwenDataCollator(processor)([{"messages": messages}])
+    is_answer = batch["labels"][0] != -100
+    assert qwen_tokenizer.decode(batch["labels"][0][is_answer]) == answer + "<|im_end|>"
+    prompt = processor.apply_chat_template(messages[:1], **CHAT)["input_ids"][0]
+    assert batch["input_ids"][0][: len(prompt)].tolist() == prompt.tolist()
+    assert is_answer.int().argmax() == len(prompt)
 
 
 def test_bound_processor_encodes_with_the_adapters_of_the_model(tokenizer, processor, clips):

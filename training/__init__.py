@@ -1,0 +1,1 @@
+"""Fine-tuning with transformers' Trainer: data, collator, feature cache, the two stages, merging."""
