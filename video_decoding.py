@@ -255,12 +255,18 @@ class VideoDecoder:
         num_readers = min(len(groups), num_cores, MAX_READERS)
         height, width = (min(length, kept) for length, kept in zip(size, crop or size, strict=True))
         num_ahead = min(max(MAX_BYTES_AHEAD // (3 * height * width), 2), MAX_FRAMES_AHEAD)
+        # Few groups do not divide evenly, and readers of many frames wait for their turn: the codec's own threads,
+        # which take more memory, then keep the cores busy.
+        is_uneven = (
+            len(groups) < 2 * num_readers or max((len(group.indices) for group in groups), default=0) > num_ahead
+        )
+        num_threads = num_cores if is_uneven else max(num_cores // num_readers, 1)
         return [
             _GroupReader(
                 self,
                 groups[first::num_readers],
                 FrameConverter(self._orientation, size, crop),
-                num_threads=max(num_cores // num_readers, 1),
+                num_threads=num_threads,
                 num_ahead=num_ahead,
             )
             for first in range(num_readers)
@@ -332,6 +338,8 @@ class _GroupReader:
         codec, unsent, last_found = self._stream.codec_context, set(wanted), -1
         can_skip = _can_skip(codec)
         for packet in chain(packets, [None]):
+            if self._is_stopped:
+                return
             if packet is not None:
                 if can_skip:
                     codec.skip_frame = "DEFAULT" if packet.pts in unsent else "NONREF"

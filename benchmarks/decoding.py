@@ -44,18 +44,29 @@ for module in ("torchcodec.decoders", "decord", "cv2"):
 
 NUM_FRAMES = 64
 FRAMES_PER_SECOND = 30
-H264 = {"codec": "libx264", "options": {"preset": "veryfast", "crf": "23"}}
+# Bit rates that YouTube recommends for 30 frames per second.
+H264 = {"codec": "libx264", "options": {"preset": "veryfast", "b": "8M"}}
+H264_720P = {"codec": "libx264", "options": {"preset": "veryfast", "b": "5M"}, "g": 30}
 VP9 = {"codec": "libvpx-vp9", "options": {"deadline": "realtime", "cpu-used": "8", "crf": "31", "b": "0", "g": "128"}}
 # What it is, size, seconds that are encoded, how often these are repeated, codec, peers, peers that are run once.
 CASES = {
-    "h264": ("60 s 1080p H.264, groups of 250", 1080, 1920, 12, 5, H264, ["pyav", "torchcodec"], ["decord", "opencv"]),
+    "h264": (
+        "60 s 1080p H.264, groups of 30",
+        1080,
+        1920,
+        12,
+        5,
+        H264 | {"g": 30},
+        ["pyav", "torchcodec"],
+        ["decord", "opencv"],
+    ),
     "long": (
         "10 min 720p H.264, groups of 30",
         720,
         1280,
         20,
         30,
-        H264 | {"g": 30},
+        H264_720P,
         ["torchcodec"],
         ["pyav", "decord"],
     ),
@@ -90,8 +101,9 @@ def decoded_frames(path: str) -> list[av.VideoFrame]:
 def preprocess_ours(path: str) -> torch.Tensor:
     frames, processor = decoded_frames(path), VJepaQwenVideoProcessor()
     size = processor._resized_size(frames[0].height, frames[0].width)
-    converter = FrameConverter(Orientation(frames[0]), size, (processor.crop_size.height, processor.crop_size.width))
-    pixel_values = torch.empty(len(frames), 3, *processor.crop_size.values())
+    crop = (processor.crop_size.height, processor.crop_size.width)
+    converter = FrameConverter(Orientation(frames[0]), size, crop)
+    pixel_values = torch.empty(len(frames), 3, *crop)
     for row, frame in zip(pixel_values, frames, strict=True):
         row.copy_(processor._normalize_frame(torch.from_numpy(converter.to_rgb(frame))))
     return pixel_values

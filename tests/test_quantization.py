@@ -85,7 +85,12 @@ def test_gguf_file_in_float32_gives_the_same_logits(light, gguf_files, wide_mode
 def test_gguf_file_in_float16_gives_the_logits_of_rounded_weights(light, gguf_files, wide_model):
     options = {"language_model": gguf_files["F16"], "dtype": torch.float32}
     model = VJepaQwenForConditionalGeneration.from_pretrained(light, **options)
-    assert relative_difference(get_logits(model), get_logits(wide_model)) < 2e-3
+    rounded = copy.deepcopy(wide_model)
+    for module in (rounded.model.language_model, rounded.lm_head):
+        for parameter in module.parameters():
+            if parameter.ndim == 2:  # the file keeps vectors and convolutions in float32
+                parameter.data = parameter.half().float()
+    torch.testing.assert_close(get_logits(model), get_logits(rounded), atol=1e-4, rtol=1e-4)
 
 
 def test_gguf_file_of_8_bit_stays_close_and_says_what_it_takes(light, gguf_files, wide_model, caplog):

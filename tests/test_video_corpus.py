@@ -6,6 +6,7 @@ pytest tests/test_video_corpus.py
 import struct
 import subprocess
 import sys
+import threading
 import zlib
 from fractions import Fraction
 
@@ -17,7 +18,7 @@ from av.video.reformatter import ColorPrimaries, ColorTrc
 from clips import draw_frame, read_number, write_clip, write_live_clip
 from PIL import Image
 
-from vjepa_qwen.video_decoding import VideoDecoder, VideoDecodingError
+from vjepa_qwen.video_decoding import VideoDecoder, VideoDecodingError, _can_skip
 from vjepa_qwen.video_pixels import tone_map
 
 
@@ -297,7 +298,7 @@ def _png_header(width: int, height: int) -> bytes:
 
 HUGE = """
 import resource, sys
-from vjepa_qwen.video_decoding import VideoDecoder, VideoDecodingError
+from vjepa_qwen.video_decoding import VideoDecoder, VideoDecodingError, _can_skip
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 try:
     VideoDecoder(sys.argv[1])
@@ -366,3 +367,59 @@ def _add_frames(container, frame_numbers, *, height=90, width=160, first_millise
         frame = _numbered_frame(number, height, width, first_milliseconds + number * 40)
         container.mux(stream.encode(frame))
     container.mux(stream.encode(None))
+
+
+# How it is read
+
+
+def test_a_file_object_is_read_at_two_places_at_once(tmp_path):
+    """Threads share one file object, each with a place of its own, and leave it usable."""
+    path = write_clip(tmp_path / "clip.mp4", num_frames=200)
+    with open(path, "rb") as file:
+        decoder = VideoDecoder(file)
+        assert len(decoder._groups(list(range(200)))) > 2
+        assert numbers(decoder) == list(range(200))
+        assert numbers(decoder, [150, 20]) == [150, 20]
+
+
+def test_a_container_without_seeking_is_read_once(tmp_path, monkeypatch):
+    """Where no keyframe can be reached there is one group from the beginning, and not one for each keyframe."""
+    path = write_clip(tmp_path / "clip.mp4", num_frames=100)
+
+    def fail(*arguments):
+        return None
+
+    monkeypatch.setattr("vjepa_qwen.video_decoding._packets_from", fail)
+    decoder = VideoDecoder(path)
+    assert len(decoder._groups(list(range(0, 100, 9)))) == 1
+    assert numbers(decoder, range(0, 100, 9)) == list(range(0, 100, 9))
+
+
+def test_a_reader_that_is_left_early_leaves_no_thread_and_no_open_file(tmp_path):
+    """Whoever stops after the first frame waits for nothing else."""
+    decoder = VideoDecoder(write_clip(tmp_path / "clip.mp4", num_frames=300))
+    before = set(threading.enumerate())
+    frames = decoder.frames(range(300))
+    assert read_number(next(frames)) == 0
+    assert len(set(threading.enumerate()) - before) >= 1
+    frames.close()
+    assert set(threading.enumerate()) <= before
+
+
+def test_an_error_in_a_thread_arrives_where_frames_are_taken(tmp_path):
+    """A file that disappears between choosing and reading."""
+    path = write_clip(tmp_path / "clip.mp4", num_frames=30)
+    decoder = VideoDecoder(path)
+    path.unlink()
+    with pytest.raises(VideoDecodingError, match="clip.mp4"):
+        list(decoder.frames([0, 20]))
+
+
+@pytest.mark.parametrize(("layers", "may_skip"), [("1", True), ("2", False)])
+def test_pictures_are_dropped_only_where_no_layer_refers_to_them(tmp_path, layers, may_skip):
+    """HEVC with temporal layers: a picture that its own layer does not need may be needed by the next."""
+    parameters = {"preset": "ultrafast", "x265-params": f"temporal-layers={layers}:keyint=20:bframes=3"}
+    path = write_clip(tmp_path / "layers.mp4", num_frames=40, codec="libx265", codec_options=parameters)
+    with av.open(str(path)) as container:
+        assert _can_skip(container.streams.video[0].codec_context) == may_skip
+    assert numbers(VideoDecoder(path), [7, 19, 33]) == [7, 19, 33]
