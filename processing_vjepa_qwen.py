@@ -23,61 +23,15 @@ from transformers.video_utils import VideoMetadata
 
 from .event_segmentation import EventSegmenter, count_events
 from .modeling_vjepa_qwen import VJepaQwenVisionTower
-from .video_encoding import encode_videos, load_vision_tower
-from .video_processing_vjepa_qwen import SampledVideo, VJepaQwenVideoProcessor, flatten_videos, metadata_per_video
-from .vision_tower_access import find_adapted_layers, without_adapters
+from .video_encoding import VideoFeatures, encode_videos
+from .video_events import Event, VideoEvents
+from .video_processing_vjepa_qwen import VJepaQwenVideoProcessor, flatten_videos, metadata_per_video
+from .vision_tower_access import load_vision_tower
 
 logger = logging.get_logger(__name__)
 
 # Of a call, passed on to `VJepaQwenVideoProcessor.sample`.
 SAMPLING_OPTIONS = ("num_frames", "fps", "start_seconds", "end_seconds", "do_sample_frames", "input_data_format")
-
-
-@dataclass(frozen=True)
-class Event:
-    """A span of a video in which little changes.
-
-    Attributes:
-        start_seconds (`float`): Presentation time of the event's first frame.
-        end_seconds (`float`): Where the next event starts, or the video ends.
-        score (`float`): Cosine distance at the boundary that opens the event; 0 for the first event of a video.
-    """
-
-    start_seconds: float
-    end_seconds: float
-    score: float
-
-
-@dataclass(frozen=True, eq=False)
-class VideoEvents:
-    """
-    What [`VJepaQwenProcessor.segment`] finds in one video. It can take the place of a video in
-    [`VJepaQwenProcessor.apply_chat_template`] and in a processor call: nothing is encoded again then.
-
-    Attributes:
-        events (`list[Event]`): The events in order; they cover the video without gaps.
-        distances (`np.ndarray` of shape `(num_steps,)`, float32):
-            The distance curve; kept so that thresholds can be tuned without encoding again
-            (`EventSegmenter(...).segment_distances(distances)`).
-        boundaries (`np.ndarray` of shape `(num_events - 1,)`, int64): Steps at which a new event starts.
-        frame_event_ids (`torch.LongTensor` of shape `(num_steps,)`): Event of each temporal step.
-        frame_features (`torch.FloatTensor` of shape `(num_steps, hidden)`, float32): Mean-pooled tower output.
-        timestamps (`np.ndarray` of shape `(num_frames,)`, float64): Presentation time of each frame, in seconds.
-        duration_seconds (`float`): Length of the video.
-    """
-
-    events: list[Event]
-    distances: np.ndarray
-    boundaries: np.ndarray
-    frame_event_ids: torch.LongTensor
-    frame_features: torch.FloatTensor
-    timestamps: np.ndarray
-    duration_seconds: float
-
-    @property
-    def num_events(self) -> int:
-        """Number of events, which is the number of tokens that the video costs."""
-        return len(self.events)
 
 
 class VJepaQwenVideosKwargs(VideosKwargs, total=False):
@@ -321,13 +275,7 @@ class VJepaQwenProcessor(ProcessorMixin):
         with closing(encoded_videos):
             for encoded in encoded_videos:
                 if not isinstance(encoded, Exception):
-                    yield self._cut(
-                        encoded.frame_features,
-                        encoded.sampled,
-                        start_seconds,
-                        end_seconds,
-                        self._encode_for_spans(encoded),
-                    )
+                    yield self._cut(encoded, start_seconds, end_seconds)
                 elif return_exceptions:
                     yield encoded
                 else:
@@ -339,33 +287,17 @@ class VJepaQwenProcessor(ProcessorMixin):
             partial(self.video_processor.sample, video, video_metadata=metadata, **sampling_options)
             for video, metadata in zip(videos, metadata_per_video(video_metadata, len(videos)), strict=True)
         ]
-        return encode_videos(self._get_vision_tower(), open_videos, **options)
-
-    def _encode_for_spans(self, encoded) -> torch.FloatTensor:
-        """The features that a video is cut by: its own, or by the rule "base" those without an adapter."""
-        tower = self._get_vision_tower()
-        adapted = find_adapted_layers(tower) if self.event_tower == "base" else []
-        if not adapted:
-            return encoded.frame_features
-        with without_adapters(adapted):
-            (base,) = encode_videos(tower, [lambda: encoded.sampled])
-        if isinstance(base, Exception):
-            raise base
-        return base.frame_features
+        spans_without_adapters = self.event_tower == "base"
+        return encode_videos(
+            self._get_vision_tower(), open_videos, spans_without_adapters=spans_without_adapters, **options
+        )
 
     def _segment_features(self, frame_features):
         steps_per_window = self.video_processor.frames_per_clip // self.video_processor.tubelet_size
         return self.segmenter(frame_features, steps_per_window=steps_per_window)
 
-    def _cut(
-        self,
-        frame_features: torch.FloatTensor,
-        sampled: SampledVideo,
-        start_seconds: float | None,
-        end_seconds: float | None,
-        span_features: torch.FloatTensor,
-    ) -> VideoEvents:
-        segmentation = self._segment_features(span_features)
+    def _cut(self, encoded: VideoFeatures, start_seconds: float | None, end_seconds: float | None) -> VideoEvents:
+        sampled, segmentation = encoded.sampled, self._segment_features(encoded.span_features)
         first_steps = np.concatenate([[0], segmentation.boundaries])
         starts = sampled.timestamps[first_steps * self.video_processor.tubelet_size]
         starts[0] = start_seconds or 0.0  # the first frame that is sampled is not the first that is shown
@@ -378,7 +310,7 @@ class VJepaQwenProcessor(ProcessorMixin):
             distances=segmentation.distances,
             boundaries=segmentation.boundaries,
             frame_event_ids=torch.from_numpy(segmentation.frame_event_ids),
-            frame_features=frame_features,
+            frame_features=encoded.frame_features,
             timestamps=sampled.timestamps,
             duration_seconds=sampled.duration_seconds,
         )
@@ -473,12 +405,10 @@ class VJepaQwenProcessor(ProcessorMixin):
 
     def _encode_for_model(self, videos: list, video_metadata, sampling_options: dict) -> list[_EncodedVideo]:
         metadata = metadata_per_video(video_metadata, len(videos))
-        results = [
-            self._read_cut_video(video, video_metadata=entry, **sampling_options)
-            if isinstance(video, _CutVideo)
-            else _as_encoded(video)
-            for video, entry in zip(videos, metadata, strict=True)
-        ]
+        results = [_as_encoded(video) for video in videos]
+        for index, video in enumerate(videos):
+            if isinstance(video, _CutVideo):
+                results[index] = self._read_cut_video(video, video_metadata=metadata[index], **sampling_options)
         positions = [index for index, result in enumerate(results) if result is None]
         if not positions:
             return results
@@ -492,7 +422,7 @@ class VJepaQwenProcessor(ProcessorMixin):
             for index, encoded in zip(positions, encoded_videos, strict=True):
                 if isinstance(encoded, Exception):
                     raise encoded
-                event_ids = torch.from_numpy(self._segment_features(self._encode_for_spans(encoded)).frame_event_ids)
+                event_ids = torch.from_numpy(self._segment_features(encoded.span_features).frame_event_ids)
                 sampled = encoded.sampled
                 results[index] = _EncodedVideo(event_ids, encoded.frame_features, encoded.frames, sampled.metadata)
                 if encoded.frames is None and not self._is_bound:

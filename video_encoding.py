@@ -1,6 +1,5 @@
 """Videos to features of the tower: windows are decoded in background threads while the one before them is encoded.
 
-    tower = load_vision_tower("repository or folder", {})
     for video in encode_videos(tower, [partial(video_processor.sample, path) for path in paths]):
         video.frame_features                               # (num_steps, hidden), or the exception of a bad file
 
@@ -9,7 +8,6 @@ on the number of videos; only features grow. A batch holds windows of one video 
 the tower: what a video's features are, to the last bit, never depends on what is encoded beside it.
 """
 
-import json
 import math
 import os
 from collections import deque
@@ -20,15 +18,10 @@ from functools import partial
 from itertools import islice
 
 import torch
-from safetensors import safe_open
-from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cached_file
 
-from .configuration_vjepa_qwen import VJepaQwenConfig
-from .interrupted_downloads import explain_interrupted_download
 from .modeling_vjepa_qwen import VJepaQwenVisionTower
 from .video_processing_vjepa_qwen import SampledVideo
-
-TOWER_PREFIX = "model.vision_tower."
+from .vision_tower_access import find_adapted_layers, without_adapters
 
 # Tokens of one forward pass. An accelerator is filled by a 64-frame window of ViT-L, or by several smaller ones; on a
 # CPU more of them only take memory.
@@ -46,11 +39,14 @@ class VideoFeatures:
     Attributes:
         sampled (`SampledVideo`): The frames that were chosen, with their times.
         frame_features (`torch.FloatTensor` of shape `(num_steps, hidden)`): float32, on the CPU.
+        span_features (`torch.FloatTensor` of shape `(num_steps, hidden)`):
+            What the video is cut by: the same, or those of the tower without its adapters.
         frames (`torch.FloatTensor` of shape `(num_frames, 3, height, width)`, *optional*): If they were to be kept.
     """
 
     sampled: SampledVideo
     frame_features: torch.FloatTensor
+    span_features: torch.FloatTensor
     frames: torch.FloatTensor | None
 
 
@@ -60,6 +56,7 @@ def encode_videos(
     *,
     keep_frames: Callable[[SampledVideo], bool] = lambda sampled: False,
     on_window: Callable[[int, int, int], None] | None = None,
+    spans_without_adapters: bool = False,
 ) -> Iterator[VideoFeatures | Exception]:
     """
     Reads and encodes videos, in order. Closing the iterator, also by Ctrl-C, ends the threads after the window that
@@ -71,6 +68,8 @@ def encode_videos(
         keep_frames (callable, *optional*): Whether the frames of a video are returned as well.
         on_window (callable, *optional*):
             Called as `on_window(video_index, num_windows_done, num_windows)` whenever windows have been encoded.
+        spans_without_adapters (`bool`, *optional*, defaults to `False`):
+            Whether a tower with adapters encodes a second time without them, for the spans.
 
     Yields:
         `VideoFeatures`, or the exception in its place when a video cannot be opened or decoded.
@@ -78,6 +77,7 @@ def encode_videos(
     num_threads = min(len(videos), os.cpu_count() or 1, MAX_OPEN_VIDEOS)
     if num_threads == 0:
         return
+    adapted_layers = find_adapted_layers(tower) if spans_without_adapters else []
     pool = ThreadPoolExecutor(num_threads, thread_name_prefix="vjepa_qwen-decoding")
     unopened, readers = iter(videos), deque()
     try:
@@ -85,7 +85,8 @@ def encode_videos(
             # As many as there are threads, and each has one task at most: none ever waits for another.
             for open_video in islice(unopened, num_threads - len(readers)):
                 readers.append(_Reader(pool, open_video, tower))
-            result = _encode_video(tower, readers[0], keep_frames, partial(on_window, index) if on_window else None)
+            report = partial(on_window, index) if on_window else None
+            result = _encode_video(tower, readers[0], keep_frames, report, adapted_layers)
             readers.popleft()
             yield result
     finally:
@@ -127,7 +128,7 @@ def _read_batches(open_video, tower) -> Iterator[tuple[SampledVideo, torch.Float
         del batch  # before the next one is decoded
 
 
-def _encode_video(tower, reader: _Reader, keep_frames, on_window) -> VideoFeatures | Exception:
+def _encode_video(tower, reader: _Reader, keep_frames, on_window, adapted_layers) -> VideoFeatures | Exception:
     features, frames, num_windows, num_steps = None, [], 0, 0
     while True:
         try:
@@ -137,12 +138,17 @@ def _encode_video(tower, reader: _Reader, keep_frames, on_window) -> VideoFeatur
         if batch is None:
             break
         sampled, windows = batch
-        encoded = _encode_windows(tower, windows)
+        encoded = [_encode_windows(tower, windows)]
+        if adapted_layers:
+            with without_adapters(adapted_layers):
+                encoded.append(_encode_windows(tower, windows))
         if features is None:
             # Room for all at once: many small tensors that stay between large ones that go would fragment the memory.
-            features = encoded.new_empty(sampled.num_frames // tower.config.tubelet_size, encoded.shape[-1])
-        features[num_steps : num_steps + len(encoded)] = encoded
-        num_steps += len(encoded)
+            total_steps = sampled.num_frames // tower.config.tubelet_size
+            features = [steps.new_empty(total_steps, steps.shape[-1]) for steps in encoded]
+        for kept, steps in zip(features, encoded, strict=True):
+            kept[num_steps : num_steps + len(steps)] = steps
+        num_steps += len(encoded[0])
         num_windows += len(windows)
         if keep_frames(sampled):
             frames.append(windows.flatten(0, 1))
@@ -150,7 +156,8 @@ def _encode_video(tower, reader: _Reader, keep_frames, on_window) -> VideoFeatur
         if on_window is not None:
             on_window(num_windows, math.ceil(sampled.num_frames / sampled.frames_per_window))
     # The only place where the host waits for the device.
-    return VideoFeatures(sampled, features.cpu(), torch.cat(frames) if frames else None)
+    features = [kept.cpu() for kept in features]
+    return VideoFeatures(sampled, features[0], features[-1], torch.cat(frames) if frames else None)
 
 
 @torch.no_grad()
@@ -166,53 +173,4 @@ def _encode_windows(tower, windows: torch.FloatTensor) -> torch.FloatTensor:
         tower.train(was_training)
 
 
-def load_vision_tower(
-    checkpoint: str | os.PathLike, download_kwargs: dict, dtype: str | torch.dtype = "auto"
-) -> VJepaQwenVisionTower:
-    """Reads the tower, and nothing else, from a checkpoint: only the files that hold its tensors are fetched.
-
-    It goes to the accelerator if there is one. `dtype`: see [`VJepaQwenProcessor.from_pretrained`].
-    """
-    config = VJepaQwenConfig.from_pretrained(checkpoint, **download_kwargs)
-    index_file = cached_file(
-        checkpoint, SAFE_WEIGHTS_INDEX_NAME, _raise_exceptions_for_missing_entries=False, **download_kwargs
-    )
-    if index_file is None:
-        file_names = {SAFE_WEIGHTS_NAME}
-    else:
-        with open(index_file, encoding="utf-8") as file:
-            weight_map = json.load(file)["weight_map"]
-        file_names = {file_name for name, file_name in weight_map.items() if name.startswith(TOWER_PREFIX)}
-    state_dict = {}
-    for file_name in sorted(file_names):
-        with explain_interrupted_download(checkpoint, **download_kwargs):
-            path = cached_file(checkpoint, file_name, **download_kwargs)
-        with safe_open(path, framework="pt") as tensors:
-            for name in tensors.keys():
-                if name.startswith(TOWER_PREFIX):
-                    state_dict[name.removeprefix(TOWER_PREFIX)] = tensors.get_tensor(name)
-    if not state_dict:
-        raise ValueError(
-            f"checkpoint ({checkpoint}) must hold the vision tower ({TOWER_PREFIX}*) in safetensors files; save the "
-            "model with `save_pretrained` into the processor's folder, or call `processor.bind(model)`"
-        )
-    tower = VJepaQwenVisionTower._from_config(config.vision_config)
-    tower.load_state_dict(state_dict, strict=True, assign=True)
-    device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else torch.device("cpu")
-    if dtype == "auto":
-        dtype = config.dtype or tower.dtype
-        if dtype == torch.bfloat16 and not _has_bfloat16(device):
-            dtype = torch.float32
-    elif isinstance(dtype, str):
-        dtype = getattr(torch, dtype)
-    return tower.to(device, dtype).eval()
-
-
-def _has_bfloat16(device: torch.device) -> bool:
-    """Whether bfloat16 is computed by the hardware; CPUs without it take several times as long as in float32."""
-    if device.type == "cpu":
-        return torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
-    return device.type != "cuda" or torch.cuda.is_bf16_supported(including_emulation=False)
-
-
-__all__ = ["VideoFeatures", "encode_videos", "load_vision_tower"]
+__all__ = ["VideoFeatures", "encode_videos"]

@@ -25,7 +25,7 @@ from vjepa_qwen import TOY_CHECKPOINT, VJepaQwenProcessor
 from vjepa_qwen.event_segmentation import EventSegmenter
 from vjepa_qwen.modeling_vjepa_qwen import VJepaQwenVisionTower
 from vjepa_qwen.toy.synthetic_shorts import HELD_OUT_SEEDS, generate_short, write_video
-from vjepa_qwen.video_encoding import load_vision_tower
+from vjepa_qwen.vision_tower_access import load_vision_tower
 
 from .measure import Run, measure, report, write_json
 

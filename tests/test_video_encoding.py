@@ -12,7 +12,8 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 import vjepa_qwen.video_encoding
 from vjepa_qwen import VideoDecodingError, VJepaQwenProcessor
-from vjepa_qwen.video_encoding import encode_videos, load_vision_tower
+from vjepa_qwen.video_encoding import encode_videos
+from vjepa_qwen.vision_tower_access import load_vision_tower
 
 FRAMES = 16
 # The tokens of a window are few: so many windows go through the tower at once.
@@ -210,7 +211,7 @@ def test_a_part_of_a_video_keeps_the_times_of_the_whole(bound, clips):
 def test_the_processors_own_tower_computes_as_it_was_saved_where_the_hardware_can(
     tokenizer, processor, tmp_path, monkeypatch, saved, has_bfloat16
 ):
-    monkeypatch.setattr("vjepa_qwen.video_encoding._has_bfloat16", lambda device: has_bfloat16)
+    monkeypatch.setattr("vjepa_qwen.vision_tower_access._has_bfloat16", lambda device: has_bfloat16)
     make_model(tokenizer).to(saved).save_pretrained(tmp_path)
     processor.save_pretrained(tmp_path)
     assert load_vision_tower(tmp_path, {}).dtype == (saved if has_bfloat16 else torch.float32)
