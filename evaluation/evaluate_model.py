@@ -156,6 +156,7 @@ def evaluate_model(options: argparse.Namespace) -> dict | None:
     set_seed(options.seed)
     state = PartialState()
     logging.set_verbosity_error()
+    logging.disable_progress_bar()  # one is enough
     base = options.model or (base_model_of(options.trained) if options.trained else TOY_CHECKPOINT)
     samples = load_samples(
         options.data, split=options.split, prompt=options.prompt, skip_bad_samples=options.skip_bad_samples
@@ -188,7 +189,10 @@ def evaluate_model(options: argparse.Namespace) -> dict | None:
             batch_size=options.batch_size,
             max_new_tokens=options.max_new_tokens,
         )
-        with open(output / f"predictions.{state.process_index}.part.jsonl", "a", encoding="utf-8") as file:
+        part = output / f"predictions.{state.process_index}.part.jsonl"
+        if part.exists():  # an interruption may have cut a line off
+            part.write_bytes(part.read_bytes()[: part.read_bytes().rfind(b"\n") + 1])
+        with open(part, "a", encoding="utf-8") as file:
             for prediction in track(
                 predictions, "answering", len(share), console=Console(stderr=True), disable=not state.is_main_process
             ):
