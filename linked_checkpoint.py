@@ -31,6 +31,7 @@ from transformers.utils import (
 )
 from transformers.utils.hub import cached_files
 
+from .interrupted_downloads import explain_interrupted_download
 from .language_model_source import (
     LanguageModelSource,
     find_language_model,
@@ -186,6 +187,13 @@ class LinkedCheckpointMixin:
             ValueError: when the language model does not fit the projector, or tensors are missing.
             OSError: when a repository or a file cannot be fetched, or is damaged.
         """
+        with explain_interrupted_download(pretrained_model_name_or_path, language_model, **kwargs):
+            return cls._from_pretrained(
+                pretrained_model_name_or_path, *model_args, config=config, language_model=language_model, **kwargs
+            )
+
+    @classmethod
+    def _from_pretrained(cls, pretrained_model_name_or_path, *model_args, config, language_model, **kwargs):
         if kwargs.get("quantization_config") is not None:
             kwargs["quantization_config"] = keep_unquantized(kwargs["quantization_config"])
         if pretrained_model_name_or_path is None:

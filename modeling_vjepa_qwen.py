@@ -27,7 +27,6 @@ from transformers.utils import can_return_tuple
 
 from .configuration_vjepa_qwen import VJepaQwenConfig
 from .event_segmentation import count_events
-from .interrupted_downloads import explain_interrupted_download
 from .linked_checkpoint import LinkedCheckpointMixin
 from .tower_layers import TOWER_ATTENTION, PatchConvolution, RotaryAttention
 
@@ -159,14 +158,6 @@ class VJepaQwenPreTrainedModel(LinkedCheckpointMixin, PreTrainedModel):
     # What a linked V-JEPA 2 or Qwen3.5 checkpoint holds and this model does not need.
     _keys_to_ignore_on_load_unexpected = [r"predictor\.", r"^mtp\.", r"model\.visual\."]
 
-    @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path, *model_args, language_model=None, **kwargs):
-        """See [`LinkedCheckpointMixin.from_pretrained`]."""
-        with explain_interrupted_download(pretrained_model_name_or_path, language_model, **kwargs):
-            return super().from_pretrained(
-                pretrained_model_name_or_path, *model_args, language_model=language_model, **kwargs
-            )
-
 
 def pool_events(frame_features: torch.FloatTensor, event_ids: torch.LongTensor, num_events: int) -> torch.FloatTensor:
     """
@@ -294,10 +285,8 @@ class VJepaQwenModel(VJepaQwenPreTrainedModel):
         return inputs_embeds.masked_scatter(is_placeholder.unsqueeze(-1), video_features)
 
     def _unused_vision(self, inputs_embeds) -> torch.FloatTensor:
-        """Zero, computed by what is trained of tower and projector, for a batch without video.
-
-        Its gradients are zeros instead of missing: processes that train together wait for one another's gradients.
-        """
+        """Zero, computed by what is trained of tower and projector, for a batch without video: its gradients are zeros
+        instead of missing, and processes that train together wait for one another's gradients."""
         config, bias = self.config.vision_config, self.multi_modal_projector.linear_1.bias
         features = bias.new_zeros(1, config.hidden_size)
         if any(parameter.requires_grad for parameter in self.vision_tower.parameters()):
