@@ -79,7 +79,8 @@ class SampledVideo:
     metadata: VideoMetadata
     frames_per_window: int
     _read_frames: Callable[[], Iterator[torch.Tensor]] = field(repr=False)
-    _normalize: Callable[[torch.Tensor], torch.Tensor] = field(repr=False)
+    _scale: np.ndarray = field(repr=False)
+    _shift: np.ndarray = field(repr=False)
 
     @property
     def num_frames(self) -> int:
@@ -101,10 +102,12 @@ class SampledVideo:
         """
         frames, window = self._read_frames(), None
         for position, frame in enumerate(frames):
-            frame, row = self._normalize(frame), position % self.frames_per_window
+            row = position % self.frames_per_window
             if window is None:
-                window = frame.new_empty(min(self.frames_per_window, self.num_frames - position), *frame.shape)
-            window[row] = frame
+                window = torch.empty(min(self.frames_per_window, self.num_frames - position), *frame.shape)
+            # In NumPy: after each of torch's parallel loops its threads wait busily, on the cores that decode.
+            values = np.multiply(frame.numpy(), self._scale, out=window[row].numpy(), dtype=np.float32)
+            values += self._shift
             if row + 1 == len(window):
                 yield window
                 window = None
@@ -255,7 +258,7 @@ class VJepaQwenVideoProcessor(BaseVideoProcessor):
             frames_indices=indices.tolist(),
         )
         return SampledVideo(
-            times[indices], duration_seconds, metadata, self.frames_per_clip, read_frames, self._normalize_frame
+            times[indices], duration_seconds, metadata, self.frames_per_clip, read_frames, *self._scale_and_shift()
         )
 
     def _default_num_frames(self, duration_seconds: float, fps: float | None) -> int:
@@ -297,10 +300,17 @@ class VJepaQwenVideoProcessor(BaseVideoProcessor):
     def _crop_frame(self, frame: torch.Tensor) -> torch.Tensor:
         return self.center_crop(frame, self.crop_size) if self.do_center_crop else frame
 
-    def _normalize_frame(self, frame: torch.Tensor) -> torch.FloatTensor:
-        return self.rescale_and_normalize(
-            frame.float(), self.do_rescale, self.rescale_factor, self.do_normalize, self.image_mean, self.image_std
-        )
+    def _scale_and_shift(self) -> tuple[np.ndarray, np.ndarray]:
+        """What `rescale_and_normalize` multiplies each channel by and adds to it, `(3, 1, 1)` float32."""
+        black, white = self.rescale_and_normalize(
+            torch.tensor([0.0, 255.0]).view(2, 1, 1, 1).expand(2, 3, 1, 1),
+            self.do_rescale,
+            self.rescale_factor,
+            self.do_normalize,
+            self.image_mean,
+            self.image_std,
+        ).numpy()
+        return (white - black) / 255, black
 
     def _to_tensor(self, video, input_data_format: str | ChannelDimension | None) -> torch.Tensor:
         """Frames in any form to a tensor (num_frames, 3, height, width), uint8 or float in 0..255."""

@@ -46,6 +46,7 @@ NUM_FRAMES = 64
 FRAMES_PER_SECOND = 30
 # Bit rates that YouTube recommends for 30 frames per second.
 H264 = {"codec": "libx264", "options": {"preset": "veryfast", "b": "8M"}}
+H264_CRF = {"codec": "libx264", "options": {"preset": "veryfast", "crf": "23"}}
 H264_720P = {"codec": "libx264", "options": {"preset": "veryfast", "b": "5M"}, "g": 30}
 VP9 = {"codec": "libvpx-vp9", "options": {"deadline": "realtime", "cpu-used": "8", "crf": "31", "b": "0", "g": "128"}}
 # What it is, size, seconds that are encoded, how often these are repeated, codec, peers, peers that are run once.
@@ -60,6 +61,7 @@ CASES = {
         ["pyav", "torchcodec"],
         ["decord", "opencv"],
     ),
+    "groups": ("60 s 1080p H.264, groups of 250, crf 23", 1080, 1920, 12, 5, H264_CRF, ["pyav", "torchcodec"], []),
     "long": (
         "10 min 720p H.264, groups of 30",
         720,
@@ -103,9 +105,11 @@ def preprocess_ours(path: str) -> torch.Tensor:
     size = processor._resized_size(frames[0].height, frames[0].width)
     crop = (processor.crop_size.height, processor.crop_size.width)
     converter = FrameConverter(Orientation(frames[0]), size, crop)
+    scale, shift = processor._scale_and_shift()
     pixel_values = torch.empty(len(frames), 3, *crop)
     for row, frame in zip(pixel_values, frames, strict=True):
-        row.copy_(processor._normalize_frame(torch.from_numpy(converter.to_rgb(frame))))
+        values = np.multiply(converter.to_rgb(frame), scale, out=row.numpy(), dtype=np.float32)
+        values += shift
     return pixel_values
 
 
@@ -125,6 +129,8 @@ def make_clip(path: Path, height: int, width: int, seconds: int, repeats: int, c
         options = codec["options"] | ({"g": str(codec["g"])} if "g" in codec else {})
         stream = container.add_stream(codec["codec"], rate=FRAMES_PER_SECOND, options=options)
         stream.width, stream.height, stream.pix_fmt = width, height, "yuv420p"
+        # PyAV's default, threads for slices, would make x264 cut each picture into slices, as hardly any file is.
+        stream.thread_type = "FRAME"
         for number in range(seconds * FRAMES_PER_SECOND):
             scene, step = divmod(number, 100)
             row, column = (scene * 131 + step * 2) % 500, (scene * 57 + step * 3) % 500
