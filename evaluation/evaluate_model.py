@@ -49,6 +49,7 @@ RATIOS = {
     "boundary_f1": (("num_matched", "num_matched"), ("num_predicted", "num_true")),
     "boundary_precision": (("num_matched",), ("num_predicted",)),
     "boundary_recall": (("num_matched",), ("num_true",)),
+    "boundary_f1_at_0.05": (("num_matched_at_0.05", "num_matched_at_0.05"), ("num_predicted", "num_true")),
     "tokens_per_video": (("num_tokens",), ("num_videos",)),
     "token_ratio": (("num_reference_tokens",), ("num_tokens",)),
 }
@@ -164,10 +165,11 @@ def evaluate_model(options: argparse.Namespace) -> dict | None:
     names = [sample["name"] for sample in samples]
     output = Path(options.output)
     output.mkdir(parents=True, exist_ok=True)
-    settings = {name: getattr(options, name) for name in ("revision", "dtype", "trained", "prompt", "max_new_tokens")}
-    _check_settings(
-        output / "settings.json", {"model": base, **settings, "data": options.data, "split": options.split}
-    )
+    decisive = ("data", "split", "revision", "trained", "dtype", "prompt", "max_new_tokens")
+    settings = {"model": base, **{name: getattr(options, name) for name in decisive}}
+    settings["files"] = [_list_files(folder) for folder in (base, options.trained, options.data) if folder]
+    if state.is_main_process:
+        _check_settings(output / "settings.json", settings)
     state.wait_for_everyone()
     done = _read_predictions(output)
     missing = [sample for sample in samples if sample["name"] not in done]
@@ -221,19 +223,25 @@ def evaluate_model(options: argparse.Namespace) -> dict | None:
     return results
 
 
+def _list_files(folder: str) -> list[list]:
+    """Name, size and time of the files of a folder: a model that was trained again is another one."""
+    files = [path for path in sorted(Path(folder).glob("*")) if path.suffix in (".safetensors", ".json", ".jsonl")]
+    return [[path.name, path.stat().st_size, path.stat().st_mtime_ns] for path in files]
+
+
 def _check_settings(path: Path, settings: dict):
     """Refuses to mix predictions of two models or settings."""
-    if path.exists():
-        found = json.loads(path.read_text(encoding="utf-8"))
-        changed = [name for name in settings if settings[name] != found.get(name)]
-        if changed:
-            differences = "; ".join(f"{name}: {found.get(name)!r} there, {settings[name]!r} now" for name in changed)
-            raise ValueError(
-                f"output ({path.parent}) holds predictions of another run ({differences}); choose another folder, or "
-                "remove it"
-            )
-    elif PartialState().is_main_process:
+    if not path.exists():
         path.write_text(json.dumps(settings, indent=1, ensure_ascii=False), encoding="utf-8")
+        return
+    found = json.loads(path.read_text(encoding="utf-8"))
+    changed = [name for name in settings if settings[name] != found.get(name)]
+    if changed:
+        differences = "; ".join(f"{name}: {found.get(name)!r} there, {settings[name]!r} now" for name in changed)
+        raise ValueError(
+            f"output ({path.parent}) holds predictions of another run ({differences}); choose another folder, or "
+            "remove it"
+        )
 
 
 def _read_predictions(folder: Path) -> dict[str, dict]:

@@ -176,10 +176,10 @@ def test_too_long_samples_are_left_out_as_a_whole_and_counted(processor):
         collator([long])
 
 
-def test_columns_that_the_trainer_removed_are_missed(processor, model, tmp_path):
+def test_columns_that_the_trainer_removed_are_missed(processor, tokenizer, tmp_path):
     dataset = [{"messages": turn("Hello", "Hi")}]
     arguments = TrainingArguments(tmp_path, report_to="none", max_steps=1, use_cpu=True)
-    trainer = Trainer(model, arguments, VJepaQwenDataCollator(processor), dataset)
+    trainer = Trainer(make_model(tokenizer), arguments, VJepaQwenDataCollator(processor), dataset)
     with pytest.raises(ValueError, match="remove_unused_columns=False"):
         trainer.train()
 

@@ -84,6 +84,14 @@ def test_predictions_of_other_settings_are_refused_by_name(evaluated, shorts):
         run(shorts, evaluated[1], "--max-new-tokens", "61")
 
 
+def test_a_model_that_was_trained_again_is_another_one(evaluated, shorts, tmp_path):
+    settings = json.loads((evaluated[1] / "settings.json").read_text())
+    settings["files"][0][0][1] += 1  # the size of one of the checkpoint's files
+    (tmp_path / "settings.json").write_text(json.dumps(settings), encoding="utf-8")
+    with pytest.raises(ValueError, match="files: "):
+        run(shorts, tmp_path)
+
+
 def test_cached_features_give_the_same_answers(evaluated, shorts, tmp_path):
     cache = str(tmp_path / "features")
     encode(load_samples(shorts), cache, VJepaQwenProcessor.from_pretrained(TOY_CHECKPOINT))

@@ -260,7 +260,7 @@ def test_the_best_checkpoint_is_kept_and_training_stops_early(run, tmp_path, fol
     kept = load_file(os.path.join(trainer.state.best_model_checkpoint, "projector.safetensors"))
     saved = load_file(tmp_path / "out" / "projector.safetensors")
     assert all(torch.equal(kept[name], saved[name]) for name in kept)
-    last = load_file(sorted((tmp_path / "out").glob("checkpoint-*"))[-1] / "projector.safetensors")
+    last = load_file(tmp_path / "out" / f"checkpoint-{trainer.state.global_step}" / "projector.safetensors")
     assert not any(torch.equal(kept[name], last[name]) for name in kept)
     loaded = load_trained(VJepaQwenForConditionalGeneration.from_pretrained(TOY_CHECKPOINT), str(tmp_path / "out"))
     assert all(torch.equal(loaded.state_dict()[name], kept[name]) for name in kept)

@@ -15,10 +15,10 @@ intervals of one width that is the maximum).
 precision = matched / predicted, recall = matched / true, f1 = 2 matched / (predicted + true), from counts over all
 videos
 
-Two kinds of tolerance: seconds, and *relative distance*, a share of the video's duration, 0.05, 0.10, ... 0.50,
-with the mean of the ten F1 scores, as in Kinetics-GEBD (Shou et al., "Generic Event Boundary Detection: A Benchmark
-for Event Segmentation", ICCV 2021). There the duration is that of the action's instance, and of several annotations
-of a video the best counts; here it is the video's, and there is one annotation.
+Two kinds of tolerance: seconds, and *relative distance*, a share of the video's duration, 0.05, 0.10, ... 0.50, with
+the mean of the ten F1 scores, after Kinetics-GEBD (Shou et al., "Generic Event Boundary Detection: A Benchmark for
+Event Segmentation", ICCV 2021). There several people annotated each video and the one that agrees best counts; here
+there is one annotation.
 """
 
 _INPUTS = """
