@@ -158,7 +158,7 @@ def push(context: typer.Context):
 
 @app.command(context_settings=OPTIONS_ELSEWHERE)
 def memory(context: typer.Context):
-    """Print the memory that inference needs, line by line, without loading or downloading weights."""
+    """Print the memory that inference or training needs, line by line, without loading or downloading weights."""
     from .memory_budget import main
 
     _pass_on(main, context)

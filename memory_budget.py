@@ -1,8 +1,9 @@
-"""The memory that inference needs, line by line, and how each line is computed: `vjepa-qwen memory`.
+"""The memory that inference or training needs, line by line, and how each line is computed: `vjepa-qwen memory`.
 
     vjepa-qwen memory                                    # the real model, in bfloat16
     vjepa-qwen memory --quantization Q4_K_M              # its language model as a GGUF file
     vjepa-qwen memory --model REPO --quantization nf4 --context 32768
+    vjepa-qwen memory --stage lora --batch-size 4        # training instead (`training/memory.py`)
 
 Nothing is loaded or downloaded but `config.json`: the model is built on PyTorch's meta device, whose tensors have
 shapes and no values, and the largest sum of intermediate results is counted while it runs there.
@@ -203,12 +204,12 @@ def _run_tower(config, dtype: torch.dtype) -> BudgetLine:
 
 
 def _track_peak(model, **inputs) -> int:
-    with torch.no_grad(), _PeakTracker(model) as tracker:
+    with torch.no_grad(), PeakTracker(model) as tracker:
         model.eval()(**inputs)
     return tracker.peak
 
 
-class _PeakTracker(TorchDispatchMode):
+class PeakTracker(TorchDispatchMode):
     """Counts the bytes of all results that are alive at the same time, weights left out."""
 
     def __init__(self, model: nn.Module):
@@ -241,9 +242,23 @@ class _PeakTracker(TorchDispatchMode):
             self.current -= self.sizes.pop(key)
 
 
-def _attend_without_scores(module, query, key, value, attention_mask, **kwargs):
+class _AttentionWithoutScores(torch.autograd.Function):
     """Shapes of an attention that never holds all of its scores, as SDPA's and FlashAttention's kernels do not."""
-    return query.new_empty(query.shape[0], query.shape[2], query.shape[1], value.shape[3]), None
+
+    @staticmethod
+    def forward(ctx, query, key, value):
+        output = query.new_empty(query.shape[0], query.shape[2], query.shape[1], value.shape[3])
+        ctx.save_for_backward(query, key, value, output)
+        return output
+
+    @staticmethod
+    def backward(ctx, gradient):
+        query, key, value, _ = ctx.saved_tensors
+        return torch.empty_like(query), torch.empty_like(key), torch.empty_like(value)
+
+
+def _attend_without_scores(module, query, key, value, attention_mask, **kwargs):
+    return _AttentionWithoutScores.apply(query, key, value), None
 
 
 NO_SCORES = "vjepa_qwen_no_scores"
@@ -257,13 +272,18 @@ def _is_linear(module: nn.Module) -> bool:
 def main(arguments: list[str] | None = None):
     options = parse_arguments(arguments)
     config = VJepaQwenConfig() if options.model is None else VJepaQwenConfig.from_pretrained(options.model)
-    lines = estimate_memory(
-        config,
-        quantization=options.quantization,
-        context=options.context,
-        batch_size=options.batch_size,
-        dtype=getattr(torch, options.dtype),
-    )
+    size = {"batch_size": options.batch_size, "dtype": getattr(torch, options.dtype)}
+    if options.stage is None:
+        lines = estimate_memory(config, quantization=options.quantization, context=options.context or 8192, **size)
+    else:
+        from .training.memory import estimate_training_memory  # the only line of inference's files that needs training
+
+        if options.quantization is not None:
+            raise ValueError(
+                f"quantization ({options.quantization}) must not be given with --stage: training keeps the frozen "
+                "weights in --dtype"
+            )
+        lines = estimate_training_memory(config, stage=options.stage, context=options.context or 1024, **size)
     total = sum(line.num_bytes for line in lines)
     if options.json:
         print(json.dumps({"lines": [asdict(line) for line in lines], "total_bytes": total}, indent=2))
@@ -283,8 +303,9 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
         "--quantization",
         help=f"of the language model: {', '.join((*GGUF_BITS, *LINEAR_BITS))}, or a GGUF file (default: none)",
     )
-    parser.add_argument("--context", type=int, default=8192, help="tokens of prompt and answer (default: 8192)")
-    parser.add_argument("--batch-size", type=int, default=1, help="prompts at a time (default: 1)")
+    parser.add_argument("--stage", choices=("projector", "lora"), help="of `vjepa-qwen train`: memory of training")
+    parser.add_argument("--context", type=int, help="tokens of prompt and answer (default: 8192; 1024 with --stage)")
+    parser.add_argument("--batch-size", type=int, default=1, help="prompts or samples at a time (default: 1)")
     parser.add_argument("--dtype", default="bfloat16", choices=("bfloat16", "float16", "float32"))
     parser.add_argument("--json", action="store_true", help="print one JSON document")
     return parser.parse_args(arguments)

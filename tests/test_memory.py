@@ -11,6 +11,8 @@ from typer.testing import CliRunner
 from vjepa_qwen import VJepaQwenConfig
 from vjepa_qwen.cli import app
 from vjepa_qwen.memory_budget import GGUF_BITS, _run_language_model, estimate_memory
+from vjepa_qwen.training.memory import estimate_training_memory
+from vjepa_qwen.training.train import VJepaQwenArguments, prepare_model
 
 
 def by_name(lines):
@@ -93,3 +95,57 @@ def test_command(tiny_checkpoint):
     assert document["total_bytes"] == pytest.approx(sum(line["num_bytes"] for line in document["lines"]))
     assert CliRunner().invoke(app, ["memory", "--help"]).exit_code == 0
     assert CliRunner().invoke(app, ["memory", "--quantization", "Q9"]).exit_code == 1
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", ["projector", "lora"])
+def test_both_stages_of_training_the_real_model_fit_an_80_gigabyte_gpu(stage):
+    lines = estimate_training_memory(VJepaQwenConfig(), stage=stage, batch_size=4)
+    assert total(lines) < 80e9
+    budget = by_name(lines)
+    num_adapter = 24 * 4 * 2 * 16 * 1024 if stage == "lora" else 0  # layers, matrices, A and B, rank, hidden
+    assert budget["gradients"] == (167_797_760 + num_adapter) * 4
+    assert budget["optimizer"] == 2 * budget["gradients"]
+    assert budget["language model"] + budget["lm_head"] == 26_895_998_464 * 2
+    assert all(line.how for line in lines)
+
+
+@pytest.mark.parametrize("stage", ["projector", "lora"])
+def test_training_memory_is_that_of_a_real_step(stage, tokenizer):
+    model = make_model(tokenizer)
+    budget = by_name(estimate_training_memory(model.config, stage=stage, context=64, dtype=torch.float32))
+    prepare_model(model, VJepaQwenArguments(dataset="", stage=stage))
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    weights = sum(num_bytes for name, num_bytes in budget.items() if not name.startswith(("g", "o", "a", "d")))
+    assert weights == sum(parameter.nbytes for parameter in model.parameters())
+    optimizer = torch.optim.AdamW(trained)
+    sum(parameter.sum() for parameter in trained).backward()
+    optimizer.step()
+    moments = [moment for state in optimizer.state.values() for moment in state.values() if moment.dim()]
+    assert budget["gradients"] == sum(parameter.grad.nbytes for parameter in trained)
+    assert budget["optimizer"] == sum(moment.nbytes for moment in moments)
+
+
+def test_training_keeps_one_tensor_of_each_layer(tokenizer):
+    def activations(num_layers, batch_size=2, context=256):
+        config = make_model(tokenizer, {"num_hidden_layers": num_layers, "layer_types": None}).config
+        lines = estimate_training_memory(
+            config, stage="projector", context=context, batch_size=batch_size, dtype=torch.float32
+        )
+        return by_name(lines)["activations"], batch_size * context * config.text_config.hidden_size * 4
+
+    (shallow, layer), (deep, _) = activations(4), activations(12)
+    assert deep - shallow == 8 * layer
+    assert activations(4, batch_size=4)[0] == pytest.approx(2 * shallow, rel=0.05)
+
+
+def test_training_memory_command(tiny_checkpoint):
+    runner = CliRunner()
+    arguments = ["memory", "--model", tiny_checkpoint, "--stage", "lora", "--context", "64"]
+    result = runner.invoke(app, arguments)
+    assert result.exit_code == 0, result.output
+    assert "optimizer" in result.output and "vision tower, trained" in result.output
+    refused = runner.invoke(app, [*arguments, "--quantization", "nf4"])
+    assert refused.exit_code == 1 and "quantization (nf4) must not be given with --stage" in refused.output
+    refused = runner.invoke(app, [*arguments[:-1], "15"])
+    assert refused.exit_code == 1 and "context (15) must be more than the 15 events" in refused.output
