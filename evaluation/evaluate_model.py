@@ -21,7 +21,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from accelerate import PartialState
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
@@ -32,7 +31,7 @@ from .. import TOY_CHECKPOINT
 from ..modeling_vjepa_qwen import VJepaQwenForConditionalGeneration
 from ..processing_vjepa_qwen import VJepaQwenProcessor
 from ..training.data import DEFAULT_PROMPT, load_samples
-from ..training.feature_cache import FeatureCache
+from ..training.feature_cache import FeatureCache, process_state
 from ..training.trainer import base_model_of, load_trained
 from ..video_decoding import VideoDecoder
 from .domain_accuracy.domain_accuracy import DomainAccuracy
@@ -155,7 +154,7 @@ def measure(counts: list[dict[str, float]], seed: int) -> dict[str, dict]:
 def evaluate_model(options: argparse.Namespace) -> dict | None:
     """What `vjepa-qwen evaluate` does; returns the results in the main process, None in the others."""
     set_seed(options.seed)
-    state = PartialState()
+    state = process_state()
     logging.set_verbosity_error()
     logging.disable_progress_bar()  # one is enough
     base = options.model or (base_model_of(options.trained) if options.trained else TOY_CHECKPOINT)

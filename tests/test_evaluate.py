@@ -1,6 +1,9 @@
 """`vjepa-qwen evaluate` on held-out synthetic shorts with the toy checkpoint."""
 
 import json
+import os
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -77,6 +80,22 @@ def test_an_interrupted_run_goes_on_where_it_stopped(evaluated, shorts, tmp_path
     rows, expected = read_lines(tmp_path / "predictions.jsonl"), read_lines(output / "predictions.jsonl")
     assert rows[0]["prediction"] == "kept"
     assert [row["prediction"] for row in rows[1:]] == [row["prediction"] for row in expected[1:]]
+
+
+@pytest.mark.slow
+def test_two_processes_share_the_samples(evaluated, shorts, tmp_path):
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--standalone"]
+    command += ["-m", "vjepa_qwen.evaluation.evaluate_model", shorts, "--output", str(tmp_path)]
+    command += ["--batch-size", "3", "--max-new-tokens", "60"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    result = subprocess.run(command, env=environment, capture_output=True, text=True, check=False, timeout=300)
+    assert result.returncode == 0, result.stderr[-4000:]
+    parts = [read_lines(path) for path in sorted(tmp_path.glob("*.part.jsonl"))]
+    assert [len(part) for part in parts] == [3, 3]
+    rows, expected = read_lines(tmp_path / "predictions.jsonl"), read_lines(evaluated[1] / "predictions.jsonl")
+    assert [row["prediction"] for row in rows] == [row["prediction"] for row in expected]
+    results = json.loads((tmp_path / "results.json").read_text())
+    assert results["metrics"] == evaluated[0]["metrics"]
 
 
 def test_predictions_of_other_settings_are_refused_by_name(evaluated, shorts):

@@ -31,6 +31,11 @@ FINGERPRINT_FILE = "cache.json"
 VIDEOS_PER_SHARD = 64
 
 
+def process_state() -> PartialState:
+    """This process among those that a launcher started. Without `cpu`, accelerate sees but one where no GPU is."""
+    return PartialState(cpu=not torch.accelerator.is_available())
+
+
 def fingerprint(processor) -> dict:
     """
     What the features rest on: a digest of the tower's weights (as float32), and the settings of the video processor
@@ -143,7 +148,7 @@ def encode(samples: list[dict], folder: str, processor, *, videos_per_shard: int
     Raises:
         ValueError: when the folder is a cache of another tower or other settings.
     """
-    state, folder = PartialState(), Path(folder)
+    state, folder = process_state(), Path(folder)
     if state.is_main_process:
         folder.mkdir(parents=True, exist_ok=True)
         if not (folder / FINGERPRINT_FILE).is_file():
@@ -193,7 +198,7 @@ def main(argv: list[str] | None = None):
     parser.add_argument("--skip-bad-samples", action="store_true", help="go on without missing and unreadable videos")
     arguments = parser.parse_args(argv)
     samples = load_samples(arguments.data, split=arguments.split, skip_bad_samples=arguments.skip_bad_samples)
-    PartialState()  # before the tower is loaded: it chooses the device of this process
+    process_state()  # before the tower is loaded: it chooses the device of this process
     processor = VJepaQwenProcessor.from_pretrained(arguments.model, revision=arguments.revision)
     if arguments.num_frames is not None:
         processor.video_processor.num_frames = arguments.num_frames
