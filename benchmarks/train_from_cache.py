@@ -1,9 +1,11 @@
 """Samples per second of the projector's training: from cached features, and encoding every video each time it comes.
 
     python benchmarks/train_from_cache.py --rounds 5
+    python benchmarks/train_from_cache.py --model experiments/base      # of `python -m vjepa_qwen.toy.experiments`
 
-The toy checkpoint and synthetic shorts. Runs take turns; only the Trainer's own clock counts (`train_runtime`: steps,
-batches and, without a cache, decoding and encoding; not the loading of the model). The medians are compared.
+The toy checkpoint, if no other is named, and synthetic shorts. Runs take turns; only the Trainer's own clock counts
+(`train_runtime`: steps, batches and, without a cache, decoding and encoding; not the loading of the model). Medians
+are compared.
 """
 
 import argparse
@@ -16,6 +18,7 @@ from pathlib import Path
 import torch
 from transformers.utils import logging
 
+from vjepa_qwen import TOY_CHECKPOINT
 from vjepa_qwen.training import feature_cache, train
 
 
@@ -32,6 +35,7 @@ def main():
     parser.add_argument("--count", type=int, default=64, help="number of videos")
     parser.add_argument("--batch-size", type=int, default=16)
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--model", default=TOY_CHECKPOINT, help="repository or folder (default: the toy)")
     arguments = parser.parse_args()
     logging.set_verbosity_error()
     logging.disable_progress_bar()
@@ -51,8 +55,9 @@ def main():
             check=True,
         )
         cache = str(folder / "features")
-        feature_cache.main([name, cache])
-        contenders = {"encoding each time": [], "cached features": ["--feature_cache", cache]}
+        feature_cache.main([name, cache, "--model", arguments.model])
+        model = ["--model", arguments.model]
+        contenders = {"encoding each time": model, "cached features": [*model, "--feature_cache", cache]}
         speeds = {name: [] for name in contenders}
         for _ in range(arguments.rounds):
             for name, options in contenders.items():

@@ -109,13 +109,15 @@ def encode_clips(tower, clips: RenderedClips, normalize, report, batch_size: int
     return torch.cat(features).clone()
 
 
-def choose_segmentation(features: torch.Tensor, clips: RenderedClips) -> dict:
+def choose_segmentation(
+    features: torch.Tensor, clips: RenderedClips, min_distances: tuple[float, ...] = (0.3, 0.2, 0.4, 0.1)
+) -> dict:
     """The parameters of `EventSegmenter` with the best boundary F1 on training clips."""
     best_f1, best = -1.0, {}
     curves = [EventSegmenter(min_events=1)(clip, steps_per_window=STEPS_PER_WINDOW).distances for clip in features]
     # Of several that are equally good, the first: low thresholds relative to the clip, a high absolute floor.
     for min_distance, threshold, prominence, min_steps in itertools.product(
-        (0.3, 0.2, 0.4, 0.1), (0.0, 0.25, 0.5), (0.5, 0.25, 1.0), (2, 1)
+        min_distances, (0.0, 0.25, 0.5), (0.5, 0.25, 1.0), (2, 1)
     ):
         parameters = {
             "threshold_deviations": threshold,
@@ -164,6 +166,10 @@ def tokenizer_texts() -> list[str]:
 
 def save(model, processor, output: Path) -> None:
     """Saves as any checkpoint; in the package's own folder the copies of the code become links to their one source."""
+    generation, tokenizer = model.generation_config, processor.tokenizer
+    generation.eos_token_id = [tokenizer.eos_token_id, tokenizer.pad_token_id]
+    generation.pad_token_id = tokenizer.pad_token_id
+    generation.max_new_tokens = 160
     for path in output.glob("*.py"):
         path.unlink()
     model.save_pretrained(output)
@@ -227,10 +233,6 @@ def build(output: Path, seed: int, num_clips: int, num_tower_updates: int, num_l
         report = reporter("training the language", 1)
         train_language(model, scenes, tokenizer, num_updates=num_language_updates, seed=seed, report=report)
 
-    generation = model.generation_config
-    generation.eos_token_id = [tokenizer.eos_token_id, tokenizer.pad_token_id]
-    generation.pad_token_id = tokenizer.pad_token_id
-    generation.max_new_tokens = 160
     processor = VJepaQwenProcessor(video_processor, tokenizer, event_segmentation=segmentation)
     save(model, processor, output)
     size = sum(path.stat().st_size for path in output.iterdir())

@@ -90,9 +90,18 @@ class Scene:
 
 def summarize(domain: str, scenes: list[Scene]) -> str:
     """The reference summary: the domain, then every scene in order with its text."""
-    plural = "s" if len(scenes) > 1 else ""
-    opening = f"A {domain} video in {NUMBERS[len(scenes) - 1]} scene{plural}."
-    return " ".join([opening, *(f"{ordinal}, {s.description}." for ordinal, s in zip(ORDINALS, scenes, strict=False))])
+    return _summarize(domain, [scene.description for scene in scenes])
+
+
+def summarize_text(domain: str, words: list[str | None]) -> str:
+    """A summary that names the domain and the on-screen word of every scene, if it has one, and nothing else."""
+    return _summarize(domain, [f'the text "{word}"' if word else "no text" for word in words])
+
+
+def _summarize(domain: str, descriptions: list[str]) -> str:
+    plural = "s" if len(descriptions) > 1 else ""
+    opening = f"A {domain} video in {NUMBERS[len(descriptions) - 1]} scene{plural}."
+    return " ".join([opening, *(f"{ordinal}, {text}." for ordinal, text in zip(ORDINALS, descriptions, strict=False))])
 
 
 @dataclass(frozen=True)
@@ -124,8 +133,11 @@ class SyntheticShort:
         return summarize(self.domain, list(self.scenes))
 
 
-def generate_short(seed: int) -> SyntheticShort:
-    """Decide what happens in the clip of `seed`: the same seed gives the same short on every machine."""
+def generate_short(seed: int, words: tuple[str, ...] = WORDS, text_share: float = 0.5) -> SyntheticShort:
+    """Decide what happens in the clip of `seed`: the same seed gives the same short on every machine.
+
+    `words` are those that may be on the screen, `text_share` is the part of the scenes that have one.
+    """
     rng = random.Random(seed)
     num_frames = rng.randint(3 * FRAMES_PER_SECOND, 8 * FRAMES_PER_SECOND)
     min_scene_frames = math.ceil(max(MIN_SCENE_SECONDS * FRAMES_PER_SECOND, MIN_SCENE_FRACTION * num_frames))
@@ -148,7 +160,7 @@ def generate_short(seed: int) -> SyntheticShort:
                 colour=colour,
                 size=rng.choice(list(SIZES)),
                 motion=rng.choice(list(MOTIONS)),
-                word=rng.choice(WORDS) if rng.random() < 0.5 else None,
+                word=rng.choice(words) if rng.random() < text_share else None,
                 start_seconds=start / FRAMES_PER_SECOND,
                 end_seconds=end / FRAMES_PER_SECOND,
                 background_seed=rng.getrandbits(32),
@@ -322,16 +334,20 @@ def main() -> None:
     parser.add_argument("output", type=Path, help="folder to write, created when it is missing")
     parser.add_argument("--count", type=int, default=20, help="number of clips")
     parser.add_argument("--seed", type=int, default=HELD_OUT_SEEDS.start, help="seed of the first clip")
+    parser.add_argument("--words", nargs="+", default=WORDS, metavar="WORD", help="on-screen words to draw from")
+    parser.add_argument("--text-share", type=float, default=0.5, help="part of the scenes with a word (default: 0.5)")
+    parser.add_argument("--text-only", action="store_true", help="summaries of nothing but the domain and the words")
     arguments = parser.parse_args()
     arguments.output.mkdir(parents=True, exist_ok=True)
     with open(arguments.output / "metadata.jsonl", "w", encoding="utf-8") as metadata:
         for index in range(arguments.count):
-            short = generate_short(arguments.seed + index)
+            short = generate_short(arguments.seed + index, tuple(arguments.words), arguments.text_share)
             name = f"{index:06d}.mp4"
             write_video(short, arguments.output / name)
+            text_summary = summarize_text(short.domain, [scene.word for scene in short.scenes])
             row = {
                 "file_name": name,
-                "summary": short.summary,
+                "summary": text_summary if arguments.text_only else short.summary,
                 "domain": short.domain,
                 "on_screen_text": short.words,
                 "cut_seconds": short.cut_seconds,
