@@ -40,16 +40,17 @@ TRAINING = (
     "--save_strategy no --report_to none --disable_tqdm True --logging_steps 50"
 ).split()
 EXPERIMENTS = {
-    "projector": "experiment 5, tower frozen",
-    "lora-adapted": "experiment 6, cut by the adapted tower",
-    "lora-base": "experiment 6, cut by the base tower",
+    "projector": "5, frozen",
+    "lora-adapted": "6, adapted cuts",
+    "lora-base": "6, base cuts",
 }
+# Name of the figure, its heading, and what it is multiplied with.
 FIGURES = {
-    "domain_accuracy": "domain accuracy",
-    "text_recognition": "text recognition",
-    "unseen_text_recognition": "unseen words",
-    "boundary_f1": "boundary F1",
-    "tokens_per_video": "tokens per video",
+    "domain_accuracy": ("domain accuracy %", 100),
+    "text_recognition": ("text recognition %", 100),
+    "unseen_text_recognition": ("of unseen words %", 100),
+    "boundary_f1": ("boundary F1 %", 100),
+    "tokens_per_video": ("tokens per video", 1),
 }
 
 console = Console()
@@ -185,12 +186,13 @@ def collect(output: Path, seeds: list[int]) -> dict[str, dict]:
 
 def make_table(experiments: dict[str, dict]) -> Table:
     table = Table(title="held-out clips, mean and standard deviation over the seeds")
-    table.add_column("")
-    for heading in FIGURES.values():
+    table.add_column("experiment", no_wrap=True)
+    for heading, _ in FIGURES.values():
         table.add_column(heading, justify="right")
     for experiment, title in EXPERIMENTS.items():
         mean, deviation = experiments[experiment]["mean"], experiments[experiment]["standard_deviation"]
-        table.add_row(title, *(f"{mean[name]:.3f} ± {deviation[name]:.3f}" for name in FIGURES))
+        cells = (f"{scale * mean[name]:.1f} ± {scale * deviation[name]:.1f}" for name, (_, scale) in FIGURES.items())
+        table.add_row(title, *cells)
     return table
 
 

@@ -21,13 +21,15 @@ import numpy as np
 import torch
 from torch import nn
 from torch.nn import functional
+from transformers import Qwen3_5Tokenizer
 from transformers.models.vjepa2.modeling_vjepa2 import VJEPA2Predictor, apply_masks
 
 from ..configuration_vjepa_qwen import VJepaQwenConfig
 from ..modeling_vjepa_qwen import VJepaQwenForConditionalGeneration
 from ..processing_vjepa_qwen import VJepaQwenProcessor
+from ..training.data import DEFAULT_PROMPT
 from .build import CHAT_TEMPLATE, choose_segmentation, encode_clips, make_config, save, tokenizer_texts
-from .language_training import DESCRIBE_PROMPTS, render_prompt
+from .language_training import render_prompt
 from .rendering import make_video_processor, normalizer, render_clips
 from .synthetic_shorts import DOMAINS, ORDINALS, WORDS, summarize_text
 from .tokenizer import train_tokenizer
@@ -121,7 +123,7 @@ def _draw_masks(config, num_steps: int, generator: torch.Generator) -> tuple[tor
 class NoteDialogues:
     """
     Draws dialogues about imagined videos, of which the language model is told by *notes* instead of features: one
-    vector for each scene, the sum of the embeddings of its domain and of its word, each more or less of it.
+    vector for each scene, the sum of the embeddings of its domain and of its word, more or less readable.
 
     A language model that can read them is what a projector needs: somewhere to project to.
     """
@@ -129,30 +131,21 @@ class NoteDialogues:
     def __init__(self, tokenizer, seed: int):
         self.tokenizer, self.rng = tokenizer, random.Random(seed)
         self.max_scenes = 1
+        self.prompt = render_prompt(tokenizer, DEFAULT_PROMPT, with_video=True)
 
-    def _video(self, num_scenes: int) -> tuple[str, list[str], list[list[int]]]:
+    def _video(self) -> tuple[str, list[str], list[list[int]]]:
         """Domain, words and the notes' ids, two each."""
-        domain, words = self.rng.choice(DOMAINS), [self.rng.choice(WORDS) for _ in range(num_scenes)]
-        return (
-            domain,
-            words,
-            [self.tokenizer(f" {domain}").input_ids + self.tokenizer(word).input_ids for word in words],
-        )
-
-    def reading_exercises(self, size: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Domain and word of single scenes, `(size, length)` ids, and the ids of their notes, `(size, 2)`."""
-        videos = [self._video(1) for _ in range(size)]
-        texts = [f' {domain} "{word}".' for domain, (word,), _ in videos]
-        return torch.tensor(self.tokenizer(texts).input_ids), torch.tensor([note for _, _, (note,) in videos])
+        domain = self.rng.choice(DOMAINS)
+        words = [self.rng.choice(WORDS) for _ in range(self.rng.randint(1, self.max_scenes))]
+        return domain, words, [self.tokenizer(text).input_ids for text in (f" {domain} {word}" for word in words)]
 
     def batch(self, size: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
         """`input_ids`, `attention_mask` and `labels`, `(size, length)`, padded on the left, and the notes' ids,
         `(num_notes, 2)`."""
         rows, all_notes = [], []
         for _ in range(size):
-            domain, words, notes = self._video(self.rng.randint(1, self.max_scenes))
-            prompt = render_prompt(self.tokenizer, self.rng.choice(DESCRIBE_PROMPTS[:6]), with_video=True)
-            prompt_ids = self.tokenizer(prompt.replace("<|video_pad|>", "<|video_pad|>" * len(words))).input_ids
+            domain, words, notes = self._video()
+            prompt_ids = self.tokenizer(self.prompt.replace("<|video_pad|>", "<|video_pad|>" * len(words))).input_ids
             answer_ids = self.tokenizer(summarize_text(domain, words) + "<|im_end|>").input_ids
             rows.append((prompt_ids + answer_ids, [-100] * len(prompt_ids) + answer_ids))
             all_notes += notes
@@ -166,12 +159,9 @@ class NoteDialogues:
         )
 
 
-def pretrain_language_model(model, tokenizer, *, num_updates: int, seed: int, report, batch_size: int = 32):
+def pretrain_language_model(model, tokenizer, *, num_updates: int, seed: int, report, batch_size: int = 96):
     """
     Trains language model and head in place, on text alone: no feature of any video, no tower, no projector.
-
-    The first fifth of the updates are reading exercises: a note, then what it says. To copy one of many words is
-    learned from many short examples; dialogues have few for what they cost.
 
     Args:
         model (`VJepaQwenForConditionalGeneration`): Its language model is trained.
@@ -183,32 +173,25 @@ def pretrain_language_model(model, tokenizer, *, num_updates: int, seed: int, re
     parameters = list(language_model.parameters())
     optimizer = torch.optim.AdamW(parameters, lr=2e-3, weight_decay=0.01, betas=(0.9, 0.98))
     schedule = cosine_schedule(optimizer, num_updates)
-
-    def embed_notes(note_ids: torch.Tensor) -> torch.Tensor:
-        # Features say some things clearly and others hardly or not at all, so notes do too: the model learns to trust
-        # what it reads as far as it should, and a projector that says nothing yet finds out what would help.
-        notes = embeddings(note_ids)
-        notes = (notes * torch.rand(*note_ids.shape, 1, generator=generator)).sum(dim=1)
-        return notes + 0.3 * notes.detach().std() * torch.randn(notes.shape, generator=generator)
-
     language_model.train()
     for update in range(num_updates):
-        if update < 0.2 * num_updates:
-            labels, note_ids = dialogues.reading_exercises(8 * batch_size)
-            inputs = torch.cat([embed_notes(note_ids).unsqueeze(1), embeddings(labels[:, :-1])], dim=1)
-            hidden = language_model(inputs_embeds=inputs, use_cache=False).last_hidden_state
-        else:
-            # One scene at first: what a note says is learned before which of several to look at.
-            dialogues.max_scenes = min(1 + int((update / num_updates - 0.2) / 0.3 * 4), len(ORDINALS))
-            input_ids, attention_mask, labels, note_ids = dialogues.batch(batch_size)
-            is_note = (input_ids == model.config.video_token_id).unsqueeze(-1)
-            inputs = embeddings(input_ids).masked_scatter(is_note, embed_notes(note_ids))
-            hidden = language_model(
-                inputs_embeds=inputs, attention_mask=attention_mask, use_cache=False
-            ).last_hidden_state[:, :-1]
-            labels = labels[:, 1:]
-        is_answer = labels != -100
-        loss = functional.cross_entropy(model.lm_head(hidden[is_answer]), labels[is_answer])
+        # One scene at first: what a note says is learned before which of several to look at.
+        dialogues.max_scenes = 1 if update < 0.1 * num_updates else len(ORDINALS)
+        input_ids, attention_mask, labels, note_ids = dialogues.batch(batch_size)
+        notes = embeddings(note_ids).sum(dim=1)
+        # Features that are not well projected yet say little. From notes of which some are exact and others hardly
+        # readable, the model learns to trust what it reads as far as it should: then a little more of a word in a
+        # feature makes the word a little more likely, which is what a projector learns from.
+        noise = 2 * torch.rand(len(notes), 1, generator=generator) * notes.detach().std()
+        notes = notes + noise * torch.randn(notes.shape, generator=generator)
+        is_note = (input_ids == model.config.video_token_id).unsqueeze(-1)
+        hidden = language_model(
+            inputs_embeds=embeddings(input_ids).masked_scatter(is_note, notes),
+            attention_mask=attention_mask,
+            use_cache=False,
+        ).last_hidden_state
+        is_answer = labels[:, 1:] != -100
+        loss = functional.cross_entropy(model.lm_head(hidden[:, :-1][is_answer]), labels[:, 1:][is_answer])
         loss.backward()
         nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizer.step()
@@ -216,6 +199,12 @@ def pretrain_language_model(model, tokenizer, *, num_updates: int, seed: int, re
         schedule.step()
         report(update + 1, num_updates, {"loss": loss.item()})
     model.eval()
+
+
+def make_tokenizer() -> Qwen3_5Tokenizer:
+    """The toy's, for which every word after a space is one token too."""
+    texts = [summarize_text(domain, WORDS) for domain in DOMAINS]
+    return train_tokenizer([*tokenizer_texts(), *texts], CHAT_TEMPLATE.read_text(encoding="utf-8"))
 
 
 def make_base_config(tokenizer) -> VJepaQwenConfig:
@@ -273,7 +262,7 @@ def _make_language_model(tokenizer, seed: int, num_updates: int) -> dict:
 def build_base(output: Path, *, seed: int, num_clips: int, num_tower_updates: int, num_language_updates: int):
     """Pre-trains both parts, a process each, and saves the checkpoint."""
     started = time.monotonic()
-    tokenizer = train_tokenizer(tokenizer_texts(), CHAT_TEMPLATE.read_text(encoding="utf-8"))
+    tokenizer = make_tokenizer()
     with ProcessPoolExecutor(2, mp_context=multiprocessing.get_context("spawn")) as pool:
         tower = pool.submit(_make_tower, tokenizer, seed, num_clips, num_tower_updates)
         language_model = pool.submit(_make_language_model, tokenizer, seed, num_language_updates)
@@ -293,7 +282,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0, help="seed of weights, clips and order (default: 0)")
     parser.add_argument("--clips", type=int, default=2000, help="videos without labels (default: 2000)")
     parser.add_argument("--tower-updates", type=int, default=500, help="of 16 videos each (default: 500)")
-    parser.add_argument("--language-updates", type=int, default=1500, help="of 32 dialogues each (default: 1500)")
+    parser.add_argument("--language-updates", type=int, default=700, help="of 96 dialogues each (default: 700)")
     options = parser.parse_args()
     build_base(
         options.output,

@@ -90,18 +90,14 @@ class Scene:
 
 def summarize(domain: str, scenes: list[Scene]) -> str:
     """The reference summary: the domain, then every scene in order with its text."""
-    return _summarize(domain, [scene.description for scene in scenes])
+    plural = "s" if len(scenes) > 1 else ""
+    opening = f"A {domain} video in {NUMBERS[len(scenes) - 1]} scene{plural}."
+    return " ".join([opening, *(f"{ordinal}, {s.description}." for ordinal, s in zip(ORDINALS, scenes, strict=False))])
 
 
-def summarize_text(domain: str, words: list[str | None]) -> str:
-    """A summary that names the domain and the on-screen word of every scene, if it has one, and nothing else."""
-    return _summarize(domain, [f'the text "{word}"' if word else "no text" for word in words])
-
-
-def _summarize(domain: str, descriptions: list[str]) -> str:
-    plural = "s" if len(descriptions) > 1 else ""
-    opening = f"A {domain} video in {NUMBERS[len(descriptions) - 1]} scene{plural}."
-    return " ".join([opening, *(f"{ordinal}, {text}." for ordinal, text in zip(ORDINALS, descriptions, strict=False))])
+def summarize_text(domain: str, words: list[str]) -> str:
+    """A summary that names the domain and the on-screen words in order, and nothing else."""
+    return f"A {domain} video with the text: {', '.join(words)}."
 
 
 @dataclass(frozen=True)
@@ -344,10 +340,9 @@ def main() -> None:
             short = generate_short(arguments.seed + index, tuple(arguments.words), arguments.text_share)
             name = f"{index:06d}.mp4"
             write_video(short, arguments.output / name)
-            text_summary = summarize_text(short.domain, [scene.word for scene in short.scenes])
             row = {
                 "file_name": name,
-                "summary": text_summary if arguments.text_only else short.summary,
+                "summary": summarize_text(short.domain, short.words) if arguments.text_only else short.summary,
                 "domain": short.domain,
                 "on_screen_text": short.words,
                 "cut_seconds": short.cut_seconds,
