@@ -179,10 +179,10 @@ def pretrain_language_model(model, tokenizer, *, num_updates: int, seed: int, re
         dialogues.max_scenes = 1 if update < 0.1 * num_updates else len(ORDINALS)
         input_ids, attention_mask, labels, note_ids = dialogues.batch(batch_size)
         notes = embeddings(note_ids).sum(dim=1)
-        # Features that are not well projected yet say little. From notes of which some are exact and others hardly
-        # readable, the model learns to trust what it reads as far as it should: then a little more of a word in a
-        # feature makes the word a little more likely, which is what a projector learns from.
-        noise = 2 * torch.rand(len(notes), 1, generator=generator) * notes.detach().std()
+        # Features that are not well projected yet say little. From notes of which more and more are hardly readable,
+        # the model learns to trust what it reads as far as it should: then a little more of a word in a feature makes
+        # the word a little more likely, which is what a projector learns from.
+        noise = 8 * update / num_updates * torch.rand(len(notes), 1, generator=generator) * notes.detach().std()
         notes = notes + noise * torch.randn(notes.shape, generator=generator)
         is_note = (input_ids == model.config.video_token_id).unsqueeze(-1)
         hidden = language_model(
