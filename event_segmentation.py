@@ -246,4 +246,21 @@ def count_events(frame_event_ids: np.ndarray | torch.Tensor) -> list[int]:
     return (event_ids.max(axis=1) + 1).tolist()
 
 
-__all__ = ["EventSegmentation", "EventSegmenter", "cosine_distances", "count_events"]
+def pool_events(frame_features: torch.FloatTensor, event_ids: torch.LongTensor, num_events: int) -> torch.FloatTensor:
+    """
+    Mean of the steps of each event of one video.
+
+    Args:
+        frame_features (`torch.FloatTensor` of shape `(num_steps, hidden)`): Features of each temporal step.
+        event_ids (`torch.LongTensor` of shape `(num_steps,)`): Event of each step, -1 for padding.
+        num_events (`int`): Number of events of the video.
+
+    Returns:
+        `torch.FloatTensor` of shape `(num_events, hidden)`, float32.
+    """
+    membership = event_ids == torch.arange(num_events, device=event_ids.device).unsqueeze(1)
+    membership = membership.to(frame_features.device, torch.float32)
+    return (membership @ frame_features.float()) / membership.sum(dim=1, keepdim=True)
+
+
+__all__ = ["EventSegmentation", "EventSegmenter", "cosine_distances", "count_events", "pool_events"]

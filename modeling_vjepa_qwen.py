@@ -13,6 +13,7 @@ The order of the file follows transformers' LLaVA: outputs, tower, projector, mo
 """
 
 from dataclasses import dataclass
+from itertools import groupby
 
 import torch
 from torch import nn
@@ -26,9 +27,12 @@ from transformers.models.vjepa2.modeling_vjepa2 import VJEPA2Encoder, VJEPA2PreT
 from transformers.utils import can_return_tuple
 
 from .configuration_vjepa_qwen import VJepaQwenConfig
-from .event_segmentation import count_events
+from .event_segmentation import count_events, pool_events
 from .linked_checkpoint import LinkedCheckpointMixin
 from .tower_layers import TOWER_ATTENTION, PatchConvolution, RotaryAttention
+
+# Of one forward pass of the tower: a 64-frame window of ViT-L fills an accelerator, and so do several smaller ones.
+TOKENS_PER_PASS = 8192
 
 
 @dataclass
@@ -159,23 +163,6 @@ class VJepaQwenPreTrainedModel(LinkedCheckpointMixin, PreTrainedModel):
     _keys_to_ignore_on_load_unexpected = [r"predictor\.", r"^mtp\.", r"model\.visual\."]
 
 
-def pool_events(frame_features: torch.FloatTensor, event_ids: torch.LongTensor, num_events: int) -> torch.FloatTensor:
-    """
-    Mean of the steps of each event of one video.
-
-    Args:
-        frame_features (`torch.FloatTensor` of shape `(num_steps, hidden)`): Features of each temporal step.
-        event_ids (`torch.LongTensor` of shape `(num_steps,)`): Event of each step, -1 for padding.
-        num_events (`int`): Number of events of the video.
-
-    Returns:
-        `torch.FloatTensor` of shape `(num_events, hidden)`, float32.
-    """
-    membership = event_ids == torch.arange(num_events, device=event_ids.device).unsqueeze(1)
-    membership = membership.to(frame_features.device, torch.float32)
-    return (membership @ frame_features.float()) / membership.sum(dim=1, keepdim=True)
-
-
 class VJepaQwenModel(VJepaQwenPreTrainedModel):
     """The tower, the projector and the language model without its head."""
 
@@ -243,24 +230,28 @@ class VJepaQwenModel(VJepaQwenPreTrainedModel):
 
         V-JEPA 2 has no attention mask, so the frames that pad a video to the batch's longest are left out here.
         """
-        tubelet_size = self.config.vision_config.tubelet_size
+        config = self.config.vision_config
         if len(pixel_values_videos) != len(num_steps):
             raise ValueError(
                 f"pixel_values_videos ({len(pixel_values_videos)} videos) and frame_event_ids ({len(num_steps)} "
                 "videos) must hold the same number of videos"
             )
-        features = []
+        windows = []
         for video, video_steps in zip(pixel_values_videos, num_steps, strict=True):
-            num_frames = video_steps * tubelet_size
+            num_frames = video_steps * config.tubelet_size
             if num_frames > len(video):
                 raise ValueError(
                     f"frame_event_ids ({video_steps} steps) must cover at most the {len(video)} frames of "
-                    f"pixel_values_videos, {tubelet_size} frames each"
+                    f"pixel_values_videos, {config.tubelet_size} frames each"
                 )
-            windows = video[:num_frames].split(self.config.vision_config.frames_per_clip)
-            encoded = [self.vision_tower(window.unsqueeze(0), **kwargs).pooler_output[0] for window in windows]
-            features.append(nn.functional.pad(torch.cat(encoded), (0, 0, 0, max_steps - video_steps)))
-        return torch.stack(features)
+            windows += video[:num_frames].split(config.frames_per_clip)
+        encoded, tokens_per_step = [], (config.crop_size // config.patch_size) ** 2
+        for num_frames, group in groupby(windows, key=len):
+            tokens_per_window = num_frames // config.tubelet_size * tokens_per_step
+            for batch in torch.stack(list(group)).split(max(TOKENS_PER_PASS // tokens_per_window, 1)):
+                encoded.append(self.vision_tower(batch, **kwargs).pooler_output.flatten(0, 1))
+        features = torch.cat(encoded).split(num_steps)
+        return torch.stack([nn.functional.pad(steps, (0, 0, 0, max_steps - len(steps))) for steps in features])
 
     def _write_events(
         self, input_ids, inputs_embeds, event_embeddings: list[torch.FloatTensor], whole_videos: bool

@@ -19,13 +19,11 @@ from itertools import islice
 
 import torch
 
-from .modeling_vjepa_qwen import VJepaQwenVisionTower
+from .modeling_vjepa_qwen import TOKENS_PER_PASS, VJepaQwenVisionTower
 from .video_processing_vjepa_qwen import SampledVideo
 from .vision_tower_access import find_adapted_layers, without_adapters
 
-# Tokens of one forward pass. An accelerator is filled by a 64-frame window of ViT-L, or by several smaller ones; on a
-# CPU more of them only take memory.
-ACCELERATOR_TOKENS = 8192
+# Tokens of one forward pass on a CPU, where more of them only take memory.
 CPU_TOKENS = 1024
 # Videos that are decoded side by side: one for each core, but each holds a batch or two (50 MB for ViT-L).
 MAX_OPEN_VIDEOS = 8
@@ -117,7 +115,7 @@ class _Reader:
 def _read_batches(open_video, tower) -> Iterator[tuple[SampledVideo, torch.FloatTensor]]:
     sampled = open_video()
     config, is_cuda = tower.config, tower.device.type == "cuda"
-    num_tokens = CPU_TOKENS if tower.device.type == "cpu" else ACCELERATOR_TOKENS
+    num_tokens = CPU_TOKENS if tower.device.type == "cpu" else TOKENS_PER_PASS
     frames_per_window = min(sampled.num_frames, sampled.frames_per_window)
     tokens_per_window = frames_per_window // config.tubelet_size * (config.crop_size // config.patch_size) ** 2
     windows = sampled.windows()

@@ -5,7 +5,7 @@ import torch
 from conftest import TEXT_CONFIG, VISION_CONFIG, make_model
 from transformers import GPT2Config, LlamaConfig
 
-from vjepa_qwen import VJepaQwenConfig, VJepaQwenForConditionalGeneration
+from vjepa_qwen import VJepaQwenConfig, VJepaQwenForConditionalGeneration, modeling_vjepa_qwen
 
 # Two videos of different length, in the first and the third prompt; the second prompt has none.
 FRAME_EVENT_IDS = torch.tensor([[0, 0, 0, 1, 1, 1, 1, 2], [0, 1, 1, 1, -1, -1, -1, -1]])
@@ -101,6 +101,22 @@ def test_longer_videos_are_encoded_window_by_window(model):
         features = model.get_video_features(frames, frame_event_ids=event_ids).last_hidden_state
         second_window = model.model.vision_tower(frames[:, 16:]).pooler_output
     torch.testing.assert_close(features[:, 8:], second_window, atol=1e-6, rtol=0)
+
+
+def test_neighbouring_windows_of_one_length_share_a_pass(model, monkeypatch):
+    frames = torch.randn(3, 32, 3, 32, 32)
+    event_ids = torch.full((3, 16), -1)
+    for video, num_steps in enumerate((16, 8, 2)):
+        event_ids[video, :num_steps] = 0
+    shapes = []
+    hook = model.model.vision_tower.register_forward_pre_hook(lambda _, args: shapes.append(tuple(args[0].shape[:2])))
+    with torch.no_grad():
+        together = model.get_video_features(frames, frame_event_ids=event_ids).last_hidden_state
+        monkeypatch.setattr(modeling_vjepa_qwen, "TOKENS_PER_PASS", 1)
+        alone = model.get_video_features(frames, frame_event_ids=event_ids).last_hidden_state
+    hook.remove()
+    assert shapes == [(3, 16), (1, 4), (1, 16), (1, 16), (1, 16), (1, 4)]
+    torch.testing.assert_close(together, alone, atol=1e-5, rtol=0)
 
 
 def test_events_are_the_mean_of_their_steps(model, feature_inputs):
