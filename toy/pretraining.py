@@ -123,7 +123,7 @@ def _draw_masks(config, num_steps: int, generator: torch.Generator) -> tuple[tor
 class NoteDialogues:
     """
     Draws dialogues about imagined videos, of which the language model is told by *notes* instead of features: one
-    vector for each scene, the sum of the embeddings of its domain and of its word, more or less readable.
+    vector for each scene, made from the embeddings of its domain and of its word.
 
     A language model that can read them is what a projector needs: somewhere to project to.
     """
@@ -159,6 +159,33 @@ class NoteDialogues:
         )
 
 
+def make_notes(parts: torch.Tensor, faintness: float, generator: torch.Generator) -> torch.Tensor:
+    """
+    Notes from the embeddings of what they say.
+
+    Features that are not well projected yet say little, and an untrained projector's nothing. From notes that are
+    readable to any degree, down to noise, the model learns to trust what it reads as far as it should: then a little
+    more of a word in a feature makes the word a little more likely, which is what a projector learns from. The length
+    of a note tells nothing, or a projector would learn first to say nothing at all, by its length.
+
+    Args:
+        parts (`torch.Tensor` of shape `(num_notes, 2, hidden)`): Embeddings of the domain and of the word.
+        faintness (`float`): 0 for readable notes, 1 for notes of all degrees, each part and the noise on its own.
+
+    Returns:
+        `torch.Tensor` of shape `(num_notes, hidden)`.
+    """
+    weights = 1 - faintness * torch.rand(len(parts), 2, 1, generator=generator)
+    share = 1 - faintness * torch.rand(len(parts), 1, generator=generator)
+    noise = torch.randn(parts[:, 0].shape, generator=generator)
+    notes = share * _to_unit_deviation((weights * parts).sum(dim=1)) + (1 - share**2).sqrt() * noise
+    return _to_unit_deviation(notes) * 0.3 * torch.exp(2 * torch.rand(len(parts), 1, generator=generator) - 1)
+
+
+def _to_unit_deviation(rows: torch.Tensor) -> torch.Tensor:
+    return rows / rows.std(dim=-1, keepdim=True)
+
+
 def pretrain_language_model(model, tokenizer, *, num_updates: int, seed: int, report, batch_size: int = 96):
     """
     Trains language model and head in place, on text alone: no feature of any video, no tower, no projector.
@@ -178,12 +205,9 @@ def pretrain_language_model(model, tokenizer, *, num_updates: int, seed: int, re
         # One scene at first: what a note says is learned before which of several to look at.
         dialogues.max_scenes = 1 if update < 0.1 * num_updates else len(ORDINALS)
         input_ids, attention_mask, labels, note_ids = dialogues.batch(batch_size)
-        notes = embeddings(note_ids).sum(dim=1)
-        # Features that are not well projected yet say little. From notes of which more and more are hardly readable,
-        # the model learns to trust what it reads as far as it should: then a little more of a word in a feature makes
-        # the word a little more likely, which is what a projector learns from.
-        noise = 8 * update / num_updates * torch.rand(len(notes), 1, generator=generator) * notes.detach().std()
-        notes = notes + noise * torch.randn(notes.shape, generator=generator)
+        # Readable notes until it is known which of them to look at, then less and less readable ones.
+        faintness = min(max(update / num_updates - 0.15, 0) / 0.35, 1)
+        notes = make_notes(embeddings(note_ids), faintness, generator)
         is_note = (input_ids == model.config.video_token_id).unsqueeze(-1)
         hidden = language_model(
             inputs_embeds=embeddings(input_ids).masked_scatter(is_note, notes),
