@@ -1,6 +1,7 @@
 """The pre-training and the experiments of the toy, on sizes at which nothing is learned but everything runs."""
 
 import json
+import math
 
 import numpy as np
 import pytest
@@ -12,6 +13,7 @@ from vjepa_qwen.toy.pretraining import (
     NoteDialogues,
     _draw_masks,
     make_base_config,
+    make_notes,
     make_tokenizer,
     pretrain_language_model,
     pretrain_tower,
@@ -95,6 +97,17 @@ def test_notes_stand_for_the_scenes_in_order(tokenizer):
         assert tokenizer.decode(ids[row_labels != -100]) == summarize_text(domains[0], words) + "<|im_end|>"
 
 
+def test_notes_are_readable_to_any_degree_and_their_length_does_not_tell_how_far():
+    parts = torch.randn(4000, 2, 128)
+    readable, any_degree = (make_notes(parts, faintness, torch.Generator().manual_seed(0)) for faintness in (0.0, 1.0))
+    similarity = torch.cosine_similarity(any_degree, parts.sum(dim=1))
+    torch.testing.assert_close(torch.cosine_similarity(readable, parts.sum(dim=1)), torch.ones(4000))
+    assert similarity.min() < 0.1 and similarity.max() > 0.9
+    for notes in (readable, any_degree):
+        assert 0.3 / math.e <= notes.std(dim=1).min() and notes.std(dim=1).max() <= 0.3 * math.e
+    assert abs(torch.corrcoef(torch.stack([similarity, any_degree.std(dim=1)]))[0, 1]) < 0.05
+
+
 def test_seen_and_unseen_words_are_apart():
     assert len(experiments.SEEN_WORDS) >= 100 and not set(experiments.SEEN_WORDS) & set(experiments.UNSEEN_WORDS)
 
@@ -103,7 +116,7 @@ def test_failed_command_says_what_it_printed_and_is_run_again(tmp_path):
     command = [(tmp_path / "clips", "toy.synthetic_shorts", [tmp_path / "clips", "--count", "many"])]
     for _ in range(2):
         with pytest.raises(RuntimeError, match="(?s)clips failed.*invalid int value: 'many'"):
-            experiments.run_commands("clips", command)
+            experiments.run_commands(tmp_path, "clips", command)
 
 
 @pytest.mark.slow
@@ -127,3 +140,4 @@ def test_experiments_run_from_end_to_end_and_go_on_where_they_stopped(tmp_path, 
     assert times == {path: path.stat().st_mtime_ns for path in times}
     again = json.loads((tmp_path / "results.json").read_text())
     assert again["experiments"] == results["experiments"]
+    assert again["minutes"] > results["minutes"]  # of both sessions

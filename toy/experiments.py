@@ -50,6 +50,7 @@ EXPERIMENTS = {
     "lora-adapted": "6, adapted cuts",
     "lora-base": "6, base cuts",
 }
+STAGES_FILE = "stages.jsonl"
 # Name of the figure, its heading, and what it is multiplied with.
 FIGURES = {
     "domain_accuracy": ("domain accuracy %", 100),
@@ -62,11 +63,12 @@ FIGURES = {
 console = Console()
 
 
-def run_commands(description: str, commands: list[tuple[Path, str, list]]):
+def run_commands(output: Path, description: str, commands: list[tuple[Path, str, list]]):
     """
     Runs commands that do not wait for each other, one thread each, on all cores.
 
     Args:
+        output (`Path`): In its stages.jsonl the time is written down.
         description (`str`): What the progress bar says.
         commands (`list`): Of each what it makes, its module and its arguments. Its output is in a `.log` beside what
             it makes, and a command that has one is not run again.
@@ -97,8 +99,13 @@ def run_commands(description: str, commands: list[tuple[Path, str, list]]):
         console.print(f"{made.name}: {(time.monotonic() - started) / 60:.1f} minutes")
         progress.advance(task)
 
-    with progress, ThreadPoolExecutor(os.cpu_count()) as pool:
-        list(pool.map(run, commands))
+    started = time.monotonic()
+    try:
+        with progress, ThreadPoolExecutor(os.cpu_count()) as pool:
+            list(pool.map(run, commands))
+    finally:  # what was interrupted counts as well
+        with open(output / STAGES_FILE, "a", encoding="utf-8") as file:
+            file.write(json.dumps({"stage": description, "minutes": (time.monotonic() - started) / 60}) + "\n")
 
 
 def _log(made: Path) -> Path:
@@ -127,12 +134,13 @@ def run_experiments(
         arguments = [output / name, "--count", count, "--seed", seed, "--text-share", 1, "--text-only"]
         arguments += ["--words", *words]
         commands.append((output / name, "toy.synthetic_shorts", arguments))
-    run_commands("pre-training, clips", commands)
+    run_commands(output, "pre-training, clips", commands)
 
     def features(name: str) -> Path:
         return output / f"{name}-features"
 
     run_commands(
+        output,
         "encoding",
         [
             (features(name), "training.feature_cache", [output / name, features(name), "--model", output / "base"])
@@ -147,10 +155,12 @@ def run_experiments(
 
     cache = ["--feature_cache", features("train")]
     options = ["--stage", "projector", "--num_train_epochs", epochs, "--learning_rate", 1e-3, *cache]
-    run_commands("experiment 5", [train("projector", seed, output / "base", options) for seed in seeds])
+    run_commands(output, "experiment 5", [train("projector", seed, output / "base", options) for seed in seeds])
     merged = {seed: output / f"projector-{seed}-merged" for seed in seeds}
     run_commands(
-        "merging", [(merged[seed], "training.merge", [output / f"projector-{seed}", merged[seed]]) for seed in seeds]
+        output,
+        "merging",
+        [(merged[seed], "training.merge", [output / f"projector-{seed}", merged[seed]]) for seed in seeds],
     )
     longer = ["--num_train_epochs", lora_epochs, "--learning_rate", 2e-3]
     options = {
@@ -159,7 +169,7 @@ def run_experiments(
         "projector-longer": ["--stage", "projector", *longer, *cache],
     }
     commands = [train(name, seed, merged[seed], options[name]) for name in options for seed in seeds]
-    run_commands("experiment 6", commands)
+    run_commands(output, "experiment 6", commands)
 
     commands, runs = [], [(experiment, seed) for experiment in reversed(EXPERIMENTS) for seed in seeds]
     for experiment, seed in runs:
@@ -169,7 +179,7 @@ def run_experiments(
             if experiment.startswith("projector"):
                 arguments += ["--feature-cache", features(name)]
             commands.append((made, "evaluation.evaluate_model", arguments))
-    run_commands("evaluation", commands)
+    run_commands(output, "evaluation", commands)
 
 
 def collect(output: Path, seeds: list[int]) -> dict[str, dict]:
@@ -211,16 +221,15 @@ def make_table(experiments: dict[str, dict]) -> Table:
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description="Run both experiments of the release on synthetic shorts.")
     parser.add_argument("--output", type=Path, default=Path("experiments"), help="folder (default: experiments)")
-    parser.add_argument("--clips", type=int, default=2300, help="to train on (default: 2300)")
+    parser.add_argument("--clips", type=int, default=3000, help="to train on (default: 3000)")
     parser.add_argument("--test-clips", type=int, default=100, help="to test on, of each kind (default: 100)")
-    parser.add_argument("--epochs", type=int, default=4, help="of experiment 5 (default: 4)")
-    parser.add_argument("--lora-epochs", type=int, default=4, help="of experiment 6 (default: 4)")
+    parser.add_argument("--epochs", type=int, default=5, help="of experiment 5 (default: 5)")
+    parser.add_argument("--lora-epochs", type=int, default=5, help="of experiment 6 (default: 5)")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="of the training (default: 0 1 2)")
     parser.add_argument(
         "--base-arguments", type=shlex.split, default=[], help="of `vjepa_qwen.toy.pretraining`, in one string"
     )
     options = parser.parse_args(argv)
-    started = time.monotonic()
     run_experiments(
         options.output,
         num_clips=options.clips,
@@ -231,10 +240,11 @@ def main(argv: list[str] | None = None) -> None:
         base=options.base_arguments,
     )
     experiments = collect(options.output, options.seeds)
+    stages = map(json.loads, (options.output / STAGES_FILE).read_text(encoding="utf-8").splitlines())
     arguments = sys.argv[1:] if argv is None else argv
     results = {
         "command": shlex.join(["python", "-m", "vjepa_qwen.toy.experiments", *arguments]),
-        "minutes": (time.monotonic() - started) / 60,
+        "minutes": sum(stage["minutes"] for stage in stages),
         "num_cores": os.cpu_count(),
         "num_words": {"seen": len(SEEN_WORDS), "unseen": len(UNSEEN_WORDS)},
         "experiments": experiments,
