@@ -37,6 +37,8 @@ MIN_GROUP_FRAMES = 16
 SEEK_ATTEMPTS = 3
 # Threads that decode one group each. More would take memory and leave the codec's own threads nothing to do.
 MAX_READERS = 4
+# Of smaller frames a thread of the codec's own decodes one in less time than handing it over takes.
+MIN_THREADED_PIXELS = 1 << 16
 # Converted frames that a thread may be ahead, and how much memory these may take.
 MAX_FRAMES_AHEAD = 32
 MAX_BYTES_AHEAD = 1 << 24
@@ -260,7 +262,10 @@ class VideoDecoder:
         is_uneven = (
             len(groups) < 2 * num_readers or max((len(group.indices) for group in groups), default=0) > num_ahead
         )
-        num_threads = num_cores if is_uneven else max(num_cores // num_readers, 1)
+        if self.height * self.width < MIN_THREADED_PIXELS:
+            num_threads = 1
+        else:
+            num_threads = num_cores if is_uneven else max(num_cores // num_readers, 1)
         return [
             _GroupReader(
                 self,

@@ -22,6 +22,12 @@ from vjepa_qwen.video_decoding import VideoDecoder, VideoDecodingError, _can_ski
 from vjepa_qwen.video_pixels import tone_map
 
 
+@pytest.fixture(autouse=True)
+def codec_threads(monkeypatch):
+    """The clips are small: they are decoded with as many threads as large ones."""
+    monkeypatch.setattr("vjepa_qwen.video_decoding.MIN_THREADED_PIXELS", 0)
+
+
 @pytest.fixture
 def warnings_of(monkeypatch):
     """Collects what the decoder logs as warnings."""
@@ -248,8 +254,9 @@ def test_skipping_and_threads_change_no_pixel(tmp_path, monkeypatch):
     with av.open(str(path)) as container:
         everything = [frame.to_ndarray(format="gbrp") for frame in container.decode(video=0)]
     indices = list(range(0, 200, 7))
-    for num_readers in (1, 2, 4):
+    for num_readers, min_threaded_pixels in ((1, 0), (2, 0), (4, 0), (1, 1 << 16)):
         monkeypatch.setattr("vjepa_qwen.video_decoding.MAX_READERS", num_readers)
+        monkeypatch.setattr("vjepa_qwen.video_decoding.MIN_THREADED_PIXELS", min_threaded_pixels)
         monkeypatch.setattr("os.cpu_count", lambda: 4)
         for index, frame in zip(indices, VideoDecoder(path).frames(indices), strict=True):
             assert np.abs(frame.transpose(1, 2, 0).astype(int) - everything[index]).max() <= 1

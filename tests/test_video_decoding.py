@@ -17,6 +17,12 @@ from vjepa_qwen.video_decoding import VideoDecoder, VideoDecodingError, decode
 VP9 = {"codec": "libvpx-vp9", "codec_options": {"deadline": "realtime", "cpu-used": "8", "g": "12"}}
 
 
+@pytest.fixture(autouse=True)
+def codec_threads(monkeypatch):
+    """The clips are small: they are decoded with as many threads as large ones."""
+    monkeypatch.setattr("vjepa_qwen.video_decoding.MIN_THREADED_PIXELS", 0)
+
+
 @pytest.fixture
 def warnings_of(monkeypatch):
     """Collects what the decoder logs as warnings."""

@@ -162,7 +162,7 @@ def run_experiments(
         "merging",
         [(merged[seed], "training.merge", [output / f"projector-{seed}", merged[seed]]) for seed in seeds],
     )
-    longer = ["--num_train_epochs", lora_epochs, "--learning_rate", 2e-3]
+    longer = ["--num_train_epochs", lora_epochs, "--learning_rate", 2.5e-3]
     options = {
         "lora-adapted": [*LORA, *longer, "--event_tower", "adapted"],
         "lora-base": [*LORA, *longer, "--event_tower", "base", *cache],
@@ -224,7 +224,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--clips", type=int, default=3000, help="to train on (default: 3000)")
     parser.add_argument("--test-clips", type=int, default=100, help="to test on, of each kind (default: 100)")
     parser.add_argument("--epochs", type=int, default=5, help="of experiment 5 (default: 5)")
-    parser.add_argument("--lora-epochs", type=int, default=5, help="of experiment 6 (default: 5)")
+    parser.add_argument("--lora-epochs", type=int, default=3, help="of experiment 6 (default: 3)")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="of the training (default: 0 1 2)")
     parser.add_argument(
         "--base-arguments", type=shlex.split, default=[], help="of `vjepa_qwen.toy.pretraining`, in one string"
