@@ -113,14 +113,14 @@ def _log(made: Path) -> Path:
 
 
 def run_experiments(
-    output: Path, *, num_clips: int, num_test_clips: int, epochs: int, lora_epochs: int, seeds: list[int], base: list
+    output: Path, *, num_clips: int, num_test_clips: int, epochs: int, lora_epochs: float, seeds: list[int], base: list
 ):
     """
     Runs everything that is missing in `output`.
 
     Args:
         num_clips (`int`): To train on. `num_test_clips` (`int`) to test on, and as many with unseen words.
-        epochs (`int`): Of experiment 5; `lora_epochs` (`int`) of experiment 6.
+        epochs (`int`): Of experiment 5; `lora_epochs` (`float`) of experiment 6.
         base (`list`): Further arguments of `vjepa_qwen.toy.pretraining`.
     """
     output.mkdir(parents=True, exist_ok=True)
@@ -223,8 +223,8 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--output", type=Path, default=Path("experiments"), help="folder (default: experiments)")
     parser.add_argument("--clips", type=int, default=3000, help="to train on (default: 3000)")
     parser.add_argument("--test-clips", type=int, default=100, help="to test on, of each kind (default: 100)")
-    parser.add_argument("--epochs", type=int, default=5, help="of experiment 5 (default: 5)")
-    parser.add_argument("--lora-epochs", type=int, default=3, help="of experiment 6 (default: 3)")
+    parser.add_argument("--epochs", type=int, default=12, help="of experiment 5 (default: 12)")
+    parser.add_argument("--lora-epochs", type=float, default=3.75, help="of experiment 6 (default: 3.75)")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="of the training (default: 0 1 2)")
     parser.add_argument(
         "--base-arguments", type=shlex.split, default=[], help="of `vjepa_qwen.toy.pretraining`, in one string"
