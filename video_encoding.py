@@ -61,7 +61,7 @@ def encode_videos(
     each is at, closes all files and leaves the tower as it was.
 
     Args:
-        tower (`VJepaQwenVisionTower`): Encodes, without gradients and in evaluation mode.
+        tower (`VJepaQwenVisionTower`): Encodes, without gradients; in evaluation mode until the iterator is closed.
         videos (sequence of callables): Each opens one video; called in a background thread.
         keep_frames (callable, *optional*): Whether the frames of a video are returned as well.
         on_window (callable, *optional*):
@@ -78,6 +78,8 @@ def encode_videos(
     adapted_layers = find_adapted_layers(tower) if spans_without_adapters else []
     pool = ThreadPoolExecutor(num_threads, thread_name_prefix="vjepa_qwen-decoding")
     unopened, readers = iter(videos), deque()
+    was_training = tower.training
+    tower.eval()  # once: for a small tower it takes as long as a tenth of a window
     try:
         for index in range(len(videos)):
             # As many as there are threads, and each has one task at most: none ever waits for another.
@@ -88,6 +90,7 @@ def encode_videos(
             readers.popleft()
             yield result
     finally:
+        tower.train(was_training)
         pool.shutdown(cancel_futures=True)
         for reader in readers:
             reader.close()
@@ -163,12 +166,7 @@ def _encode_windows(tower, windows: torch.FloatTensor) -> torch.FloatTensor:
     """Windows to features `(windows * num_steps, hidden)`, float32, on the tower's device."""
     # Parameters that accelerate has offloaded are on "meta"; its hooks move the input themselves.
     device = tower.device if tower.device.type != "meta" else windows.device
-    was_training = tower.training
-    tower.eval()
-    try:
-        return tower(windows.to(device, non_blocking=True)).pooler_output.flatten(0, 1)
-    finally:
-        tower.train(was_training)
+    return tower(windows.to(device, non_blocking=True)).pooler_output.flatten(0, 1)
 
 
 __all__ = ["VideoFeatures", "encode_videos"]
