@@ -162,7 +162,7 @@ def run_experiments(
         "merging",
         [(merged[seed], "training.merge", [output / f"projector-{seed}", merged[seed]]) for seed in seeds],
     )
-    longer = ["--num_train_epochs", lora_epochs, "--learning_rate", 2.5e-3]
+    longer = ["--num_train_epochs", lora_epochs, "--learning_rate", 3e-3]
     options = {
         "lora-adapted": [*LORA, *longer, "--event_tower", "adapted"],
         "lora-base": [*LORA, *longer, "--event_tower", "base", *cache],
