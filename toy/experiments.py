@@ -162,11 +162,12 @@ def run_experiments(
         "merging",
         [(merged[seed], "training.merge", [output / f"projector-{seed}", merged[seed]]) for seed in seeds],
     )
-    longer = ["--num_train_epochs", lora_epochs, "--learning_rate", 3e-3]
+    lora = [*LORA, "--num_train_epochs", lora_epochs, "--learning_rate", 4e-3, "--event_tower"]
+    longer = ["--stage", "projector", "--num_train_epochs", lora_epochs, "--learning_rate", 1e-3]
     options = {
-        "lora-adapted": [*LORA, *longer, "--event_tower", "adapted"],
-        "lora-base": [*LORA, *longer, "--event_tower", "base", *cache],
-        "projector-longer": ["--stage", "projector", *longer, *cache],
+        "lora-adapted": [*lora, "adapted"],
+        "lora-base": [*lora, "base", *cache],
+        "projector-longer": [*longer, *cache],
     }
     commands = [train(name, seed, merged[seed], options[name]) for name in options for seed in seeds]
     run_commands(output, "experiment 6", commands)
