@@ -31,11 +31,12 @@ from rich.table import Table
 
 from .synthetic_shorts import HELD_OUT_SEEDS, TRAINING_SEEDS, WORDS
 
+FIRST_TEST_SEED = HELD_OUT_SEEDS.start + 100_000  # the first ones were looked at while this was developed
 UNSEEN_WORDS = WORDS[::5]
 SEEN_WORDS = tuple(word for word in WORDS if word not in UNSEEN_WORDS)
 
 # What `vjepa-qwen train` is given beside its defaults, which are the release's: its rate is meant for a model a
-# thousand times as large. Nothing here was chosen on held-out clips.
+# thousand times as large. The rates are those at which the training loss fell furthest.
 TRAINING = (
     "--lr_scheduler_type cosine --warmup_steps 50 --max_grad_norm 1.0 --per_device_train_batch_size 16 "
     "--gradient_accumulation_steps 1 --activation_checkpointing False --save_strategy no --report_to none "
@@ -126,8 +127,8 @@ def run_experiments(
     output.mkdir(parents=True, exist_ok=True)
     clips = {
         "train": (num_clips, TRAINING_SEEDS.start, SEEN_WORDS),
-        "seen": (num_test_clips, HELD_OUT_SEEDS.start, SEEN_WORDS),
-        "unseen": (num_test_clips, HELD_OUT_SEEDS.start + num_test_clips, UNSEEN_WORDS),
+        "seen": (num_test_clips, FIRST_TEST_SEED, SEEN_WORDS),
+        "unseen": (num_test_clips, FIRST_TEST_SEED + num_test_clips, UNSEEN_WORDS),
     }
     commands = [(output / "base", "toy.pretraining", ["--output", output / "base", *base])]
     for name, (count, seed, words) in clips.items():
