@@ -2,13 +2,16 @@
 
     python benchmarks/train_from_cache.py --rounds 5
     python benchmarks/train_from_cache.py --model experiments/base      # of `python -m vjepa_qwen.toy.experiments`
+    python benchmarks/train_from_cache.py --video real.mp4
 
-The toy checkpoint, if no other is named, and synthetic shorts. Runs take turns; only the Trainer's own clock counts
+The toy checkpoint, if no other is named, and synthetic shorts, which cost less to decode than real videos (128 x 128
+pixels); with `--video` their answers to that file. Runs take turns; only the Trainer's own clock counts
 (`train_runtime`: steps, batches and, without a cache, decoding and encoding; not the loading of the model). Medians
 are compared.
 """
 
 import argparse
+import shutil
 import statistics
 import subprocess
 import sys
@@ -35,6 +38,7 @@ def main():
     parser.add_argument("--count", type=int, default=64, help="number of videos")
     parser.add_argument("--batch-size", type=int, default=16)
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--video", type=Path, help="file to see in every sample instead of its synthetic short")
     parser.add_argument("--model", default=TOY_CHECKPOINT, help="repository or folder (default: the toy)")
     arguments = parser.parse_args()
     logging.set_verbosity_error()
@@ -54,6 +58,9 @@ def main():
             ],
             check=True,
         )
+        if arguments.video:
+            for path in folder.glob("*.mp4"):
+                shutil.copyfile(arguments.video, path)
         cache = str(folder / "features")
         feature_cache.main([name, cache, "--model", arguments.model])
         model = ["--model", arguments.model]
