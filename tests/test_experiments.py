@@ -131,7 +131,7 @@ def test_experiments_run_from_end_to_end_and_go_on_where_they_stopped(tmp_path, 
         (run,) = experiment["runs"]
         for name in experiments.FIGURES:
             assert run[name] == experiment["mean"][name] >= 0
-    assert "6, adapted cuts" in capsys.readouterr().out
+    assert "6 adapted cuts" in capsys.readouterr().out
 
     (tmp_path / "projector-0-seen.log").unlink()
     times = {path: path.stat().st_mtime_ns for path in tmp_path.glob("*.log")}
